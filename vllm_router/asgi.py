@@ -150,11 +150,11 @@ class Application(Dispatcher):
             await self._run_with(supervisor, LocalListener(self, local.sockets), receive, send)
 
     async def _run_with(
-        self, supervisor: Supervisor, door: LocalListener, receive: Receive, send: Send
+        self, supervisor: Supervisor, local_listener: LocalListener, receive: Receive, send: Send
     ) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
-            await nursery.start(door.serve)
+            await nursery.start(local_listener.serve)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             nursery.cancel_scope.cancel(reason="shutdown")

@@ -42,7 +42,7 @@ WORK_PER_SLICE = 1 << 20
 
 
 class Work:
-    """What is left of the work of a slice, shared by the generators of one computation.
+    """The rest of the work of a slice, shared by the generators of one computation.
 
     They subtract from `left`, and yield and set it to WORK_PER_SLICE once it is negative.
     """

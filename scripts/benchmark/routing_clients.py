@@ -190,7 +190,7 @@ class Clients:
     ) -> tuple[float, float, str] | None:
         """The times of the first and the last token, and the response; None if it was refused."""
         pool = self._pool
-        connection = pool.take_idle(trio.current_time()) or await pool.open(trio.current_time())
+        connection = pool.take_idle(trio.current_time()) or await pool.open()
         try:
             lines = [
                 f"POST {PATHS[api]} HTTP/1.1",

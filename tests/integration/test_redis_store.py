@@ -294,6 +294,6 @@ async def test_open_redis_that_sends_what_was_not_asked_for_is_left():
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, lie, [listener])
         port = listener.socket.getsockname()[1]
-        with pytest.raises(StoreError, match="nothing had asked for"):
+        with pytest.raises(StoreError, match="answers to no command"):
             await take_turn(f"redis://127.0.0.1:{port}")
         nursery.cancel_scope.cancel()

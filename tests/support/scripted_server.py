@@ -184,7 +184,7 @@ class MemoryPool(Pool):
     def has_address(self) -> bool:
         return True
 
-    async def open(self, now: float) -> Connection:
+    async def open(self) -> Connection:
         await trio.lowlevel.checkpoint()
         if self.server.swallows:
             await trio.sleep_forever()

@@ -145,7 +145,7 @@ def text_line(ended: Ended) -> str:
             line += f" cached_tokens={record.cached_tokens}"
         if record.completion_tokens is not None:
             line += f" completion_tokens={record.completion_tokens}"
-    # An unsuitable id has been replaced (proxy.headers.request_id).
+    # An unsuitable id has been replaced (http/request_ids.py).
     line += f" client={_shown(record.client)} request_id={record.request_id.decode('latin-1')}"
     if trace_id is not None:
         line += f" trace_id={trace_id}"

@@ -1,4 +1,4 @@
-"""What the holders of each client key have used in the last minutes. Pure."""
+"""Usage of each client key in the last minutes. Pure."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ class KeyUsage:
         return found
 
     def _since(self, totals: Mapping[str, Usage]) -> dict[str, Usage]:
-        """What was used since the last step."""
+        """Usage since the last step."""
         rises = ((name, now.minus(self._before.get(name, Usage()))) for name, now in totals.items())
         return {name: rise for name, rise in rises if any(rise)}

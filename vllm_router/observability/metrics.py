@@ -246,11 +246,11 @@ class Metrics:
         self._refusals[code].value += 1
 
     def refused_by_code(self) -> dict[str, int]:
-        """How many requests got an error of the router so far, by its code."""
+        """Number of requests so far that got an error of the router, by its code."""
         return {code: int(counter.value) for code, counter in self._refusals.items()}
 
     def key_totals(self) -> dict[str, Usage]:
-        """What each client key was used for since the router's start, by its name."""
+        """Usage of each client key since the router's start, by its name."""
         return {
             name: Usage(
                 requests=sum(int(one.value) for one in by_status.values()),

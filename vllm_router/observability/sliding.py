@@ -77,7 +77,7 @@ class SlidingPercentiles:
         return self._answer
 
     def counts(self, now: float) -> dict[int, int]:
-        """How many durations of the window are in each bucket."""
+        """Number of durations of the window in each bucket."""
         self._expire(step_of(now))
         return self._total
 

@@ -190,7 +190,7 @@ class Total(Tally):
         super().__init__()
         self._models: Mapping[str | None, Tally] = {}
         self._gone = Tally()
-        """What the models counted whose tallies were dropped."""
+        """The counts of models whose tallies were dropped."""
 
     def sum_up(self, models: Mapping[str | None, Tally]) -> None:
         self._models = models

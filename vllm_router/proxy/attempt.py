@@ -245,7 +245,7 @@ class Attempt:
         request = attempts.request
         try:
             if connection is None:
-                connection = await upstream.pool.open(trio.current_time())
+                connection = await upstream.pool.open()
                 attempts.record.phase, now = WAIT, trio.current_time()
                 first_byte = self._context.settings.first_byte_timeout
                 deadline.begin(_FIRST_BYTE_TIMEOUT, now + first_byte)
@@ -414,7 +414,7 @@ class Attempt:
         # A response that came whole on a kept connection is read without a cancel scope.
         with trio.move_on_after(self._context.settings.connect_timeout):
             try:
-                probe = await self._upstream.pool.open(trio.current_time())
+                probe = await self._upstream.pool.open()
             except (ConnectFailed, OwnFault):
                 return False
             probe.close()

@@ -35,7 +35,7 @@ EVIDENCE_AFTER = 0.25
 
 
 class Attempts:
-    """What the attempts of one exchange have shown, of the request and of the servers.
+    """The results of one exchange's attempts so far, as evidence about the request and the servers.
 
     `deadline` is when the whole exchange must have ended, on trio's clock. `doubted` are servers
     whose answer was doubtful, `doubtful` is the first such answer: the client gets it if no other
@@ -100,7 +100,7 @@ class Attempts:
     def _decide(self, outcome: Outcome, now: float, *, fresh: bool = False) -> RetryDecision:
         candidates = self.candidates
         others = candidates.untried(now)
-        standing = RetryContext(
+        state = RetryContext(
             self.record.attempts,
             len(self._broken()),
             bool(others) or (outcome is not Outcome.TOO_LONG and candidates.has_fallback(now)),
@@ -111,7 +111,7 @@ class Attempts:
             bool(candidates.surely_well(others, now)),
         )
         context = self._context
-        return decide(outcome, standing, context.settings.max_retries, context.budget)
+        return decide(outcome, state, context.settings.max_retries, context.budget)
 
     def may_move(self) -> bool:
         """Whether the attempt in progress may be ended in order to try another server."""
@@ -159,7 +159,7 @@ class Attempts:
         return RULES[outcome].counts_against_server and FULL in self.record.retries
 
     def refusal(self, outcome: Outcome, now: float) -> Refused:
-        """What the client gets if no server is left to try after this outcome."""
+        """The refusal for the client if no server is left to try after this outcome."""
         rule = RULES[FULL if self._better_called_busy(outcome) else outcome]
         wait = None
         if rule.status == 503:

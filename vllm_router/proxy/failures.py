@@ -1,4 +1,4 @@
-"""Which servers have failed recently, and under which requests: evidence for and against a request.
+"""Recent failures of servers, by request: evidence for and against a request as their cause.
 
 A request that was on two servers when they failed may be the reason, or may have been there by
 chance. Two things speak for it. The server had failed another request before this one was sent to

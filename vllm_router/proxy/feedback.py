@@ -1,4 +1,4 @@
-"""What the end of an attempt shows of its server: reported to its health, and to the policy."""
+"""The end of an attempt, reported to its server's health, the policy and the admission queue."""
 
 from __future__ import annotations
 

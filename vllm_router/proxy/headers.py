@@ -1,4 +1,4 @@
-"""Which fields pass through the router, and the heads it writes (RFC 9110 section 7.6)."""
+"""The fields that pass through the router, and the heads that it writes (RFC 9110 section 7.6)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OURS = frozenset(
         b"x-real-ip",
     }
 )
-# Meant for the router, and it is the router that has read it.
+# For the router alone, which has read it.
 _FOR_US = frozenset({b"x-router-policy"})
 _NOT_FORWARDED = _HOP_BY_HOP | _OURS | _FOR_US
 # `Connection: authorization` must not strip what end-to-end semantics need (RFC 9110 7.6.1).
@@ -49,7 +49,7 @@ _NEVER_NOMINATED = frozenset({b"authorization", b"content-type", b"content-encod
 _ANSWER_DROPPED = _HOP_BY_HOP | {
     # It would lead clients to another address than the router's (RFC 7838).
     b"alt-svc",
-    # Which pages may use this address is for the router to say; vLLM allows all of them.
+    # The router decides which pages may read responses (`cors_origins`); vLLM allows all pages.
     b"access-control-allow-credentials",
     b"access-control-allow-headers",
     b"access-control-allow-methods",
@@ -192,7 +192,7 @@ def join(earlier: bytes, ours: bytes) -> bytes:
 
 
 def loops(headers: Headers) -> bool:
-    """Whether the request has passed so many routers that it must be going round in circles."""
+    """Whether the request has passed routers so often that they forward it to each other."""
     return get_all(headers, b"via").count(VIA) >= MAX_VIA
 
 

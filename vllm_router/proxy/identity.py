@@ -1,4 +1,4 @@
-"""The identity of a request by its API key, and which headers and parameters carry credentials.
+"""The identity of a request by its API key; headers and parameters that carry credentials.
 
 Pure. Keys are compared by digest, with every known key and in constant time.
 """

@@ -350,7 +350,7 @@ class RetryContext:
 
 
 def decide(
-    outcome: Outcome, standing: RetryContext, max_retries: int, budget: RetryBudget
+    outcome: Outcome, state: RetryContext, max_retries: int, budget: RetryBudget
 ) -> RetryDecision:
     """Decide where the next attempt goes. A replay uses the budget.
 
@@ -360,30 +360,28 @@ def decide(
     """
     again = RULES[outcome].again
     if again is RetryDecision.SAME_SERVER:
-        if standing.replayable and not standing.fresh_connection_tried:
+        if state.replayable and not state.fresh_connection_tried:
             return RetryDecision.SAME_SERVER
         again = RetryDecision.IF_REPLAYABLE
-    if again is RetryDecision.NO or not standing.candidates_left:
+    if again is RetryDecision.NO or not state.candidates_left:
         return RetryDecision.NO
-    if standing.attempts > max_retries and not _may_go_on(standing, max_retries):
+    if state.attempts > max_retries and not _may_go_on(state, max_retries):
         return RetryDecision.NO
-    if again is RetryDecision.IF_REPLAYABLE and not standing.replayable:
+    if again is RetryDecision.IF_REPLAYABLE and not state.replayable:
         return RetryDecision.NO
-    if outcome in DOUBTFUL and standing.doubtful > 1:
+    if outcome in DOUBTFUL and state.doubtful > 1:
         return RetryDecision.NO
-    if standing.broken >= QUARANTINE_AFTER:
+    if state.broken >= QUARANTINE_AFTER:
         return RetryDecision.NO
     if outcome in NOT_COMPUTED or budget.withdraw():
         return RetryDecision.ELSEWHERE
-    return (
-        RetryDecision.ELSEWHERE if standing.well_left and outcome in FAILURES else RetryDecision.NO
-    )
+    return RetryDecision.ELSEWHERE if state.well_left and outcome in FAILURES else RetryDecision.NO
 
 
-def _may_go_on(standing: RetryContext, max_retries: int) -> bool:
+def _may_go_on(state: RetryContext, max_retries: int) -> bool:
     """Whether a request with a healthy server left has used its retries on costless attempts."""
-    paid = standing.attempts - standing.costless
-    return standing.well_left and 0 < max_retries >= paid
+    paid = state.attempts - state.costless
+    return state.well_left and 0 < max_retries >= paid
 
 
 _ANSWERS = frozenset({501, 505, 508})

@@ -91,8 +91,9 @@ class AnswerHead:
     ) -> Headers:
         """The fields for the client, with the router's own; `length` is this body's length.
 
-        The client has dropped fields with the router's own names (`http/client/client.py`). Clients
-        of Anthropic's API get the request's id in `request-id` as well.
+        Fields of a server with the router's own names have been dropped (`RESERVED` in
+        `http/client/response_parser.py`). Clients of Anthropic's API get the request's id in
+        `request-id` as well.
         """
         headers = self._kept.copy()
         if self._length_at >= 0 and length is not None:

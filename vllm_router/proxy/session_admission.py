@@ -1,4 +1,4 @@
-"""Which requests begin a session, and whether that session may begin (`session_admission`).
+"""Admission of new sessions in the admission queue (`limits.session_admission`).
 
 A new session waits until the servers' KV caches have room for it, while the requests of admitted
 sessions pass. `SessionLeases` counts what the admitted ones need.

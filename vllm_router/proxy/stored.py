@@ -142,7 +142,7 @@ async def _has(
     if upstream is None:
         return None
     try:
-        connection = await upstream.pool.open(trio.current_time())
+        connection = await upstream.pool.open()
     except (ConnectFailed, OwnFault):
         return None
     try:

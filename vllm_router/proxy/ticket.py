@@ -17,7 +17,7 @@ _PRIORITY = re.compile(rb"[+-]?[0-9]{1,18}")
 
 
 class ExchangeTicket:
-    """Implements `admission.Ticket` for an exchange. Made for an attempt, where limits are set."""
+    """Implements `waiter.Ticket` for an exchange. Made for an attempt, where limits are set."""
 
     __slots__ = ("_attempts", "_head")
 

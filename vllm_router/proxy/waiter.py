@@ -1,6 +1,6 @@
 """Requests that wait for a server, and the interface to the queues of other processes.
 
-`Peers` is implemented by `workers/`; a router of one process has none.
+`Peers` is implemented by `runtime/workers/queue_peers.py`; a router of one process has none.
 """
 
 from __future__ import annotations

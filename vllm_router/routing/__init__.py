@@ -1,1 +1,1 @@
-"""Which server gets a request, and what happens when it fails. Pure."""
+"""Routing: policies, prompts, the prefix index and the order of waiting requests. Pure."""

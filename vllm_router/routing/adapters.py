@@ -202,7 +202,7 @@ class LoadedAdapters:
 
 
 class SwapCost:
-    """What loading an adapter costs, in prompt tokens that could be computed meanwhile.
+    """The cost of loading an adapter, in prompt tokens that could be computed meanwhile.
 
     Learnt from the times to first tokens with and without it; `prior` is assumed at first.
     """

@@ -1,8 +1,7 @@
-"""Which server has which stored response of the Responses API. Pure.
+"""The servers of stored responses of the Responses API. Pure.
 
-vLLM keeps stored responses in the memory of one process, and their ids tell nothing of it: the
-router notes the id of each answer. Ids are kept as digests, so that a client that chooses long ones
-takes no more memory than others.
+vLLM keeps stored responses in the memory of one process, and their ids do not name it: the router
+notes the id of each answer. Ids are kept as digests, so that long ones take no more memory.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ class Owner(NamedTuple):
 
 
 Entry = tuple[bytes, str, str]
-"""The digest of an id, and the fields of its owner: what processes tell each other."""
+"""The digest of an id, and the fields of its owner; sent between processes."""
 
 
 class Owners:
     """Owners by id, in two generations: the older one is dropped when the newer one is full. O(1).
 
-    `on_new` is called with what this process has learnt from an answer, not from another process.
+    `on_new` is called with entries from answers to this process, not with those of other processes.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
@@ -55,7 +54,7 @@ class Owners:
     def take(self, entry: Entry) -> None:
         """Take over an entry of another process.
 
-        One that has found the server by asking does not know the key, which stays.
+        An entry without a key, of a process that has found the server by asking, keeps a known key.
         """
         digest, url, key = entry
         if not key:

@@ -147,7 +147,7 @@ class ServerEstimate:
         self.seen = _Counters()
         self.latency_sum = self.latency_count = 0.0
         self.computing_since: float | None = None
-        """When a scrape first found more than LONG_PROMPTS under way; None without them."""
+        """Time of the first scrape with more than LONG_PROMPTS under way; None without them."""
         self.computed_before = 0.0
         """Prompt tokens of ours that it had computed then."""
         self.lasting = 1.0
@@ -319,7 +319,7 @@ class Reservation:
         self.ahead = estimate.queued + uncached
         """Uncached tokens that are computed before its first token, its own included."""
         self.is_adapter = self.swapped = self.slot_wait = False
-        """Whether it is for an adapter, whether that had to be loaded, and to wait for a slot."""
+        """The request is for an adapter; it had to be loaded; it had to wait for a slot."""
         self.waiting = True
         estimate.queued += uncached  # the lease in this step has marked the server as changed
 

@@ -2,7 +2,7 @@
 
 SIGHUP, SIGUSR1 and SIGUSR2 kill a process without a handler, and importing takes a second on a busy
 machine. `hold` is called before the slow imports; the tasks that handle the signals later call
-`came` to learn of earlier ones. This module imports nothing slow.
+`came` to find out about earlier ones. This module imports nothing slow.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class LocalListener:
             await app(scope, receive, send)
 
         self._sockets = list(sockets)
-        self._side = HypercornHandler(from_here, limits=limits, on_rejected=on_rejected)
+        self._handler = HypercornHandler(from_here, limits=limits, on_rejected=on_rejected)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -174,12 +174,4 @@ class LocalListener:
 
     async def _serve(self, sock: socket.socket) -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        await self._side.serve(stream, relay=Relay(_HERE, _HERE, ""))
-
-    def drain(self) -> None:
-        """Close idle connections now, and busy ones after their response."""
-        self._side.drain()
-
-    def abort(self) -> None:
-        """Close all connections now."""
-        self._side.abort()
+        await self._handler.serve(stream, relay=Relay(_HERE, _HERE, ""))

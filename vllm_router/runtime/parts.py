@@ -80,7 +80,7 @@ class OtherProcesses(Protocol):
     def prefix_statistics(self, server: Server) -> list[PrefixStatistics]: ...
 
     def figure(self, name: str) -> float | None:
-        """What the other processes add to a figure; None if there are no other processes."""
+        """The other processes' part of a figure; None without other processes."""
 
 
 class NoOtherProcesses:

@@ -104,7 +104,7 @@ class Probe:
         self._hurry = trio.Event()
         self._scrape_now = trio.Event()
         self._visited = False
-        """Whether the scrapes bring the other pages along, see `_visit`."""
+        """Whether each scrape is followed by the check and the model list, see `_visit`."""
         self._visits = 0
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
@@ -333,7 +333,7 @@ class Probe:
             await self._scrape_now.wait()
 
     def _left_to_another_router(self, now: float) -> bool:
-        """Whether the figures of another router serve instead of a scrape."""
+        """Whether another router's figures of this server replace a scrape."""
         if self._scrapes is None:
             return False
         interval = self._pace.interval(self._server, self._settings.metrics_interval)

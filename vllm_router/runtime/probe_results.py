@@ -23,7 +23,7 @@ class PageStatus:
 
     def __init__(self) -> None:
         self.pause = 1
-        """How many intervals pass before the page is requested again."""
+        """Intervals until the page is requested again."""
         self._problem = ""
 
     def refused(self, problem: str) -> bool:

@@ -51,7 +51,7 @@ class ProbeSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeContext:
-    """What a probe source needs from the supervisor.
+    """The parts of the supervisor that a probe source uses.
 
     `server_down` is called when a server goes down, `upkeep` after each scrape of a server, or when
     one is due and left to another router (`scrapes`).

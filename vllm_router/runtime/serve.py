@@ -151,8 +151,10 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             if options.passed or options.reuse_port:
                 await probed(supervisor)
             await nursery.start(front.serve)
-            door = LocalListener(app, local.sockets, limits=limits, on_rejected=on_rejected)
-            await nursery.start(door.serve)
+            local_listener = LocalListener(
+                app, local.sockets, limits=limits, on_rejected=on_rejected
+            )
+            await nursery.start(local_listener.serve)
             if admin is not None:
                 logger.info("administration on %s", url_of(*admin))
             url = url_of(*public, secure=config.tls is not None)

@@ -1,4 +1,4 @@
-"""Construct the parts of one router process, start their tasks, and apply new configurations."""
+"""The parts of one router process: construction, background tasks, and new configurations."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class Supervisor:
 
     @property
     def task_restarts(self) -> int:
-        """How many background tasks failed and were started again."""
+        """Number of background tasks that failed and were started again."""
         return self._background.restarts
 
     def share_with(self, make: Callable[[], SharedState]) -> None:
@@ -389,7 +389,7 @@ class Supervisor:
         return PrefixStatistics(*map(sum, zip(*known, strict=True)))
 
     def elsewhere(self, figure: str) -> float | None:
-        """What the other processes add to a figure; None in a router of one process."""
+        """The other processes' part of a figure; None in a router of one process."""
         return self._parts.others.figure(figure)
 
     def workers(self) -> Mapping[str, Mapping[str, float]]:

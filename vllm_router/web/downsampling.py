@@ -1,4 +1,4 @@
-"""How seconds of a figure become its last hour, in the feed's history and in the monitor. Pure."""
+"""Downsampling of a figure from seconds to the last hour, for the feed and the monitor. Pure."""
 
 from __future__ import annotations
 

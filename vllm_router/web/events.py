@@ -1,4 +1,4 @@
-"""Events of the feed. Pure, except for the wall clock, which is an argument."""
+"""Events of the feed. Pure: the wall clock is an argument."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class EventLog:
             self._sum_up_full()
 
     def _sum_up_full(self) -> None:
-        """How often servers were full: an event per server, or one for many servers."""
+        """Announce how often servers were full: an event per server, or one for many servers."""
         if len(self._full) > ALIKE_PER_SECOND:
             names, times = list(self._full), self._full.total()
             text = f"{len(names)} servers: full {_times(times)} in a minute"

@@ -1,4 +1,4 @@
-"""Since when a model has no available server. Pure, except for times, which are arguments."""
+"""Outages: models without an available server, and since when. Pure: times are arguments."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class ShownStates:
         """While it is empty, only servers that are full now concern this object."""
 
     def of(self, server: Server, state: State, reason: Reason, since: float, now: float) -> Shown:
-        """What to show for the present state of a server."""
+        """The state to show for a server in its present state."""
         present = Shown(state, reason, since)
         before = self.full.get(server)
         if state == State.FULL:

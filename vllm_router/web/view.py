@@ -85,7 +85,7 @@ class Reading:
 
     @property
     def available(self) -> int:
-        """How many servers of the configuration get requests."""
+        """Number of servers of the configuration that get requests."""
         return sum(self.states.get(one, 0) for one in AVAILABLE)
 
     @property

@@ -48,7 +48,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 async def open_within(pool: Pool, timeout: float) -> Connection:
     """`pool.open`; the caller bounds its time."""
     with trio.fail_after(timeout):
-        return await pool.open(trio.current_time())
+        return await pool.open()
 
 
 @dataclass

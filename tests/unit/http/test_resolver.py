@@ -234,7 +234,7 @@ async def test_system_lookup_reads_hosts_file():
 
 async def test_system_lookup_invalid_name_is_not_resolved():
     with pytest.raises(NameNotResolved), trio.fail_after(30):
-        await Pool(f"http://{'a' * 70}.test:1").open(trio.current_time())
+        await Pool(f"http://{'a' * 70}.test:1").open()
 
 
 # -- addresses ---------------------------------------------------------------------------------
@@ -282,12 +282,12 @@ async def test_pool_rotates_addresses_of_a_name(autojump_clock, network, caplog)
     pool = Pool("http://gpu.test:80", resolver=resolver)
     probes = Pool("http://gpu.test:80", resolver=resolver, spread=False)
     for _ in range(10):
-        (await pool.open(trio.current_time())).close()
+        (await pool.open()).close()
     assert {text for text, _ in network.tried[:2]} == {"10.0.0.1", "10.0.0.2"}
     assert [text for text, _ in network.tried].count("10.0.0.1") == 5
     network.tried.clear()
     for _ in range(10):
-        (await probes.open(trio.current_time())).close()
+        (await probes.open()).close()
     assert {text for text, _ in network.tried} == {"10.0.0.1"}
     assert "gpu.test has 2 addresses (10.0.0.1, 10.0.0.2)" in caplog.text
 
@@ -296,7 +296,7 @@ async def test_pool_name_in_both_families_logs_no_warning(autojump_clock, networ
     network.is_there["fd00::1"] = 0.0
     pool = Pool("http://gpu.test:80", resolver=Resolver(FakeResolver("fd00::1", "10.0.0.1")))
     for _ in range(4):
-        (await pool.open(trio.current_time())).close()
+        (await pool.open()).close()
     assert [text for text, _ in network.tried] == ["fd00::1"] * 4
     assert "addresses" not in caplog.text
 

@@ -441,7 +441,7 @@ async def test_exchange_total_timeout_bounds_all_attempts_uncounted(autojump_clo
 async def test_exchange_router_error_counts_against_no_server(autojump_clock, monkeypatch):
     from vllm_router.errors import OwnFault
 
-    async def out_of_descriptors(now: float):
+    async def out_of_descriptors():
         raise OwnFault("too many open files")
 
     async with lab(answering(GOOD), answering(GOOD)) as rig:

@@ -167,7 +167,7 @@ def test_workers_older_than_leader_find_their_slots_later(board: int):
     leader = LeadingFleet(
         make_config(1), CounterView(SharedCounters(board, 3), 0), lambda server: None
     )
-    early.take_places()
+    early.use_columns()
     leader.look()
     assert leader.servers["a"].in_flight == 1
     assert early.servers["a"].in_flight == 1
@@ -453,7 +453,7 @@ def test_workers_servers_with_swapped_slots_keep_their_counts(board: int):
     SharedCounters(board, 3).row(1)[:] = memoryview(bytes(8 * COLUMNS)).cast("q")
     after = {url: shared.assign(url) for url in (one, other)}
     assert before == {one: after[other], other: after[one]}
-    worker.take_places()
+    worker.use_columns()
     row = shared.row(1)
     assert [row[column] for column in after.values() if column is not None] == [1, 2]
 

@@ -153,7 +153,7 @@ def test_shared_counters_size_for_configuration_fits_all_of_it():
         leader, worker = (SharedCounters(fileno, 3, columns) for _ in range(2))
         places = leader.assign_all(keys)
         assert len(set(places.values()) - {None, CONNECTIONS}) == len(keys)
-        assert worker.places(keys) == places
+        assert worker.columns_of(keys) == places
         last = places[keys[-1]]
         assert last is not None
         written, seen = CounterView(leader, 0), CounterView(worker, 1)

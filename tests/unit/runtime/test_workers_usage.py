@@ -24,7 +24,7 @@ def test_shared_usage_of_other_processes_refills_only_this_routers_part(
     board = SharedCounters(fileno, 2)
     os.close(fileno)
     usage = SharedUsage(CounterView(board, 0), lambda: None)
-    usage.take_places([KEY], dict(zip(column_keys(KEY), (1, 2), strict=True)).get)
+    usage.use_columns([KEY], dict(zip(column_keys(KEY), (1, 2), strict=True)).get)
     for _ in range(60):
         usage.enter(KEY, now)
     usage.routers = 3

@@ -224,7 +224,7 @@ async def test_worker_unchanged_configuration_only_looks_up_its_counters(
         rig.worker.supervisor.after_apply.append(applied.append)
         looked_up: list[bool] = []
         monkeypatch.setattr(
-            rig.worker.supervisor.fleet, "take_places", lambda: looked_up.append(True)
+            rig.worker.supervisor.fleet, "use_columns", lambda: looked_up.append(True)
         )
         await rig.configure(config)
         await rig.has_read_all()

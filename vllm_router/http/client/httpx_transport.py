@@ -53,7 +53,7 @@ class HttpxTransport(httpx.AsyncBaseTransport):
         connection = pool.take_idle(now)
         while True:
             if connection is None:
-                connection = await pool.open(now)
+                connection = await pool.open()
             else:
                 pool.doing = None  # a cancelled attempt may have left it set
             try:

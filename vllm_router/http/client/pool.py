@@ -22,7 +22,7 @@ server has a request every few seconds, and should not need a new connection for
 
 
 class Doing(enum.StrEnum):
-    """What a new connection waits for."""
+    """The wait of a new connection."""
 
     CONNECTION = "connection"
     HANDSHAKE = "TLS handshake"
@@ -74,7 +74,7 @@ class Pool:
             connection.close()
         return None
 
-    async def open(self, now: float) -> Connection:
+    async def open(self) -> Connection:
         """A new connection; the caller bounds the time. Raises ConnectFailed or OwnFault."""
         if self._literal is not None:
             self.doing = Doing.CONNECTION

@@ -211,7 +211,7 @@ class ResponseParser:
 
 
 def _describe(data: bytes, error: Exception) -> str:
-    """What a server sent that is no HTTP response, in words for operators where known."""
+    """The error for data that is no HTTP response, in words for operators where known."""
     if data.startswith(_TLS_RECORDS):
         return "it speaks TLS: its url must begin with https://"
     if str(error).startswith("Expected HTTP/"):

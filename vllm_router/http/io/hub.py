@@ -45,7 +45,7 @@ class HubMember(Protocol):
         ...
 
     def on_write_failed(self) -> None:
-        """A write failed, see `Hub.report_failure`."""
+        """A write failed, see `EventLoopHub.report_failure`."""
         ...
 
     def expire(self, now: float) -> float:

@@ -26,7 +26,7 @@ class Statistics:
     accepted: int
     """Connections since the start."""
     handed_over: int
-    """How many of them moved from the lane to Hypercorn."""
+    """Number of them that moved from the lane to Hypercorn."""
     lane_requests: int
     """Requests served by the lane."""
     refused: int

@@ -20,7 +20,7 @@ class Limits:
     min_body_rate: float = 500.0
     """Bytes per second a body must average once `body_read_timeout` has passed; 408 below."""
     write_stall_timeout: float = 60.0
-    """How long sent bytes may stay unacknowledged (TCP_USER_TIMEOUT), then the connection ends."""
+    """Sent bytes may stay unacknowledged so long (TCP_USER_TIMEOUT), then the connection ends."""
     websocket_stall_timeout: float = 20.0
     """The same for websockets, which send all the time."""
     max_read_ahead: int = 65536

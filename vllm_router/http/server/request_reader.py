@@ -14,7 +14,7 @@ from vllm_router.http.server.response_writer import ResponseWriter
 
 
 class Body(enum.Enum):
-    """How far the body of the current request is."""
+    """Progress of the current request's body."""
 
     ARRIVING = enum.auto()  # the client still owes a part of it
     COMPLETE = enum.auto()  # the application has not received its last piece

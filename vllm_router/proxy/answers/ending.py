@@ -1,4 +1,4 @@
-"""The last events of a stream: was the answer whole, whose failure does it tell, what did it use.
+"""The last events of a stream: whether the answer is complete, its error, and its token counts.
 
 Only the end is decoded: the pieces in between are passed on unread, since reading each would cost
 as much as passing it on.
@@ -26,7 +26,7 @@ class Ending(NamedTuple):
 
 
 def read_ending(api: Api, tail: bytes, *, whole_event: bool = True) -> Ending:
-    """What the end of a complete, readable stream says.
+    """The verdict and the usage by the end of a complete, readable stream.
 
     `tail` holds at least the last event and should hold the last few. `whole_event` says that it
     begins with the beginning of an event; else what comes before the first boundary is dropped.

@@ -1,7 +1,7 @@
-"""Whose fault an error is that an answer reports in its body or inside its stream.
+"""The party at fault for an error that an answer reports in its body or inside its stream.
 
-A client's mistake must never take a server out, and a broken engine must not hide behind a
-client's request. What says neither is unclear: the caller asks another server with the same body.
+A client's mistake must never eject a server, and a broken engine must not pass its error off as a
+client's. An error that shows neither is unclear: the caller tries another server.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ _LONGEST_WORD = 100
 
 
 def fault_of(payload: Any) -> Fault:
-    """Whose fault the error in a decoded event or body is.
+    """The party at fault for the error in a decoded event or body.
 
     Numbers go before words, words before the message. Forms: OpenAI's and vLLM's
     `{"error": {"message", "type", "code"}}`, Anthropic's `{"type": "error", "error": {"type"}}`,
@@ -162,7 +162,7 @@ def message_of(payload: Any) -> str | None:
 
 
 def _fields(payload: Any) -> list[tuple[str, Any]]:
-    """Names and values that may say whose fault it is, the innermost first."""
+    """Names and values that may show the party at fault, the innermost first."""
     if isinstance(payload, str):
         return [("message", payload)]
     if not isinstance(payload, dict):

@@ -26,7 +26,7 @@ from vllm_router.proxy.answers.tables import CHUNKED, Api, read_event
 
 
 class Verdict(enum.Enum):
-    """What an answer, or the beginning of one, amounts to."""
+    """The judgement of an answer, or of the beginning of one."""
 
     WAIT = "wait"  # more must come
     PROVEN = "proven"  # output
@@ -77,7 +77,7 @@ class Opening:
 
     @property
     def has_events(self) -> bool:
-        """Whether an event has come, of whatever kind."""
+        """Whether any event has come."""
         return bool(self._held)
 
     @property

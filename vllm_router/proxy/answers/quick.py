@@ -1,7 +1,7 @@
-"""The common cases of `opening`, `ending` and `whole`, decoded into types: a quarter of the price.
+"""The common cases of `opening`, `ending` and `whole`, decoded into types: a quarter of the cost.
 
-Each function answers what is certain and None for everything else; the tables decide that.
-tests/unit/proxy/test_answers.py holds both to the same answers.
+Each function returns None unless it is certain; then the tables decide.
+tests/unit/proxy/test_answers.py compares both.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ _FIRST_CHUNK = msgspec.json.Decoder(_FirstChunk)
 def chat_usage(body: bytes) -> Usage | None:
     """The usage of a plain chat or completion that has tokens and an orderly end; None if unsure.
 
-    The kind of answer of which there are most.
+    The most frequent kind of answer.
     """
     try:
         said = _CHAT_BODY.decode(body)

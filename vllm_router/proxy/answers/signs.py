@@ -1,4 +1,4 @@
-"""What one event of a stream, or one plain answer, says about the attempt that brought it."""
+"""Signs in one event of a stream, or in one plain answer, about the attempt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDS = 4
 ABORTS = 8
 """The engine gave the request up (`finish_reason: "abort"` and its forms in other APIs)."""
 FAILS = 16
-"""An error is reported; `faults.fault_of` says whose it is."""
+"""An error is reported; `faults.fault_of` finds the party at fault."""
 UNKNOWN = 32
 """Not readable by the table: passed on unjudged."""
 

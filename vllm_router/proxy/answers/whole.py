@@ -1,4 +1,4 @@
-"""A plain JSON answer: does it prove anything, is it whole, what did it use."""
+"""A plain JSON answer: whether it is an answer, whether it is complete, and its token counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Whole(NamedTuple):
 
 
 def read_whole(api: Api, body: bytes) -> Whole:
-    """What a complete JSON answer with a status of 2xx says.
+    """The verdict on a complete JSON answer with a status of 2xx, and its usage.
 
     A body that does not parse is UNFINISHED, one without any content EMPTY.
     """

@@ -109,7 +109,7 @@ class ModelQueue(Generic[E]):
 
     @property
     def oldest(self) -> float | None:
-        """When the request that has waited longest joined; None if none waits."""
+        """Time at which the longest waiting request joined; None if none waits."""
         return next(iter(self._entries)).since if self._entries else None
 
     def add(self, entry: E) -> None:

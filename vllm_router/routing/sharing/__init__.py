@@ -1,4 +1,4 @@
-"""What routers of one fleet, and workers of one router, tell each other. Pure.
+"""State that routers of one fleet, and workers of one router, share by messages. Pure.
 
     outbox.py    collects what this process has to tell   ─►  Batch (messages.py)
     peers.py     merges the batches of other processes    ◄─  Batch

@@ -25,7 +25,7 @@ LATER = 2.0
 
 
 class Order(msgspec.Struct, frozen=True, array_like=True):
-    """What an operator wants.
+    """An operator's order for one server.
 
     order: random: two orders with the same content are two records.
     at: milliseconds on the store's clock; 0 in records of older versions, and until it is written.

@@ -132,7 +132,7 @@ _METRICS = tuple(field.name for field in dataclasses.fields(EngineMetrics))
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What one router has to tell since its last batch.
+    """The news of one router since its last batch.
 
     router: the id of the router process, new at each start.
     number: counts the batches of the process from 1.

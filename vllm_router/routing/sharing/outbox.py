@@ -130,7 +130,7 @@ class Outbox:
 
     @property
     def waiting(self) -> bool:
-        """Whether there is something to tell besides levels."""
+        """Whether a batch would have content besides levels."""
         return bool(
             self._placed or self._withdrawn or self._ejected or self._quarantined or self._owners
         )

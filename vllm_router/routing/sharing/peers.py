@@ -37,7 +37,7 @@ RATE_WEIGHT = 0.1
 
 
 class Effects(Protocol):
-    """What the batches of other routers change outside of the policies."""
+    """Effects of other routers' batches, apart from the policies."""
 
     def spent(self, key: str, requests: int, at: float) -> None:
         """Requests of this API key were admitted elsewhere."""

@@ -1,4 +1,4 @@
-"""What a router knows of the shared store and of the other routers, for display. Pure."""
+"""The state of the shared store and of the other routers, for display. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the batches of other routers change in this process, outside of the policies."""
+"""Effects of other routers' batches on this process, apart from its policies."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ProcessEffects:
 
 
 class RouterEffects(ProcessEffects):
-    """For the process that judges the servers. `check_soon` checks a server's health now."""
+    """For the process that probes the servers. `check_soon` checks a server's health now."""
 
     def __init__(
         self,

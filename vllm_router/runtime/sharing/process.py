@@ -1,4 +1,4 @@
-"""What one process announces to other processes, and what it has heard from them."""
+"""The announcements of one process to other processes, and theirs to it."""
 
 from __future__ import annotations
 

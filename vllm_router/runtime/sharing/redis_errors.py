@@ -1,4 +1,4 @@
-"""What goes wrong with a Redis, in words for people. Imports nothing of the client library."""
+"""Errors of a Redis, in words for operators. Imports nothing of the client library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_CAUSES = 10
 
 
 class BadAnswer(Exception):
-    """The Redis has sent what no client can use."""
+    """The Redis has sent data that no client can use."""
 
 
 class TooLong(BadAnswer):
@@ -29,11 +29,11 @@ class Unasked(BadAnswer):
     """The Redis has sent answers to no command, or messages."""
 
     def __init__(self) -> None:
-        super().__init__("answers came that nothing had asked for")
+        super().__init__("it sent answers to no command")
 
 
 def words_of(error: BaseException) -> str:
-    """What went wrong, on one short line."""
+    """The error on one short line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__

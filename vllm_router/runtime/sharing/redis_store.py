@@ -48,12 +48,12 @@ class RedisStore:
         self._drains = f"vllm-router:{fleet}:drains"
 
     async def role(self) -> bytes:
-        """What the Redis says it is: `master`, or `slave` for a replica. Raises StoreError."""
+        """The role of the Redis: `master`, or `slave` for a replica. Raises StoreError."""
         try:
             answer = (await self._pipeline([(b"ROLE",)]))[0]
             return bytes(answer[0])
         except (TypeError, ValueError, LookupError):
-            # A user that may not ask: it is seen when the Redis is written to.
+            # This user must not send ROLE. A replica then refuses the first write.
             return b"master"
 
     async def turn(self, batch: bytes | None, drains: Mapping[str, bytes], after: EntryId) -> Turn:

@@ -68,7 +68,7 @@ CheckSoon = Callable[[Server], None]
 def router_effects(
     router: RouterState, check_soon: CheckSoon, scrapes: SharedScrapes
 ) -> RouterEffects:
-    """The effects of other routers on a process that judges the servers."""
+    """The effects of other routers on a process that probes the servers."""
     return RouterEffects(router.proxy.context, key_finder(router), check_soon, scrapes)
 
 

@@ -20,15 +20,15 @@ ENTRIES_PER_TURN = 100
 
 
 class StoreError(Exception):
-    """The store cannot be used now; the text says why, for people."""
+    """The store cannot be used now; the text is for operators."""
 
 
 class TooMuchToRead(StoreError):
-    """The answer is too long: an entry after the one that was asked for is no router's."""
+    """The answer is too long: an entry after the requested id was not written by a router."""
 
 
 class Turn(NamedTuple):
-    """What one turn has found.
+    """The result of one turn.
 
     now: the store's clock, in milliseconds.
     written: the id of the new entry; None if the store refused to write.

@@ -23,8 +23,8 @@ class AdoptedConnections:
     Without the limit, many connections would leave no descriptors for probes.
     """
 
-    def __init__(self, side: HypercornHandler, nursery: trio.Nursery, limit: int | None) -> None:
-        self._side = side
+    def __init__(self, handler: HypercornHandler, nursery: trio.Nursery, limit: int | None) -> None:
+        self._handler = handler
         self._nursery = nursery
         self._limit = math.inf if limit is None else limit
         self._open = 0
@@ -38,7 +38,7 @@ class AdoptedConnections:
             return
         if fileno is not None:
             os.close(fileno)
-        self._side.close_idle(IDLE_WHEN_FULL)
+        self._handler.close_idle(IDLE_WHEN_FULL)
         now = trio.current_time()
         if now - self._logged_at >= FULL_LOG_INTERVAL:
             self._logged_at = now
@@ -54,6 +54,6 @@ class AdoptedConnections:
         if message.client is not None and message.local is not None:
             relay = Relay(message.client, message.local, message.alpn)
         try:
-            await self._side.serve(stream, message.data, relay)
+            await self._handler.serve(stream, message.data, relay)
         finally:
             self._open -= 1

@@ -53,7 +53,7 @@ class SharedFleet(Fleet, Generic[News]):
         self._by_column: dict[int, SharedServer[News]] = {}
         self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
-        self._places: dict[str, int | None] = {}
+        self._columns: dict[str, int | None] = {}
         self.usage = SharedUsage(counters, self.look)
         super().__init__(config)
 
@@ -61,30 +61,30 @@ class SharedFleet(Fleet, Generic[News]):
         change = super().apply(config)
         self._keys = config.auth.keys if config.auth is not None else ()
         self.look()
-        self.take_places()
+        self.use_columns()
         return change
 
-    def take_places(self) -> None:
+    def use_columns(self) -> None:
         """Look up the counter columns again: the leader may have assigned new ones."""
         servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
         self._known = {server.url: server for server in reversed(servers)}
         self._by_column.clear()
-        self._places = self._find_places([*self._known, *counted_of_keys(self._keys)])
-        places = [(server, self._column_of(url)) for url, server in self._known.items()]
-        for server, column in places:
-            server.give_back(column)
-        self.usage.give_places_back(self._keys, self._column_of)
-        for server, column in places:
-            server.stand_in(column)
+        self._columns = self._find_columns([*self._known, *counted_of_keys(self._keys)])
+        columns = [(server, self._column_of(url)) for url, server in self._known.items()]
+        for server, column in columns:
+            server.release_column(column)
+        self.usage.release_columns(self._keys, self._column_of)
+        for server, column in columns:
+            server.use_column(column)
             if column is not None:
                 self._by_column[column] = server
-        self.usage.take_places(self._keys, self._column_of)
+        self.usage.use_columns(self._keys, self._column_of)
 
-    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
-        return self.counters.board.places(counted)
+    def _find_columns(self, counted: list[str]) -> dict[str, int | None]:
+        return self.counters.board.columns_of(counted)
 
     def _column_of(self, key: str) -> int | None:
-        return self._places.get(key)
+        return self._columns.get(key)
 
     def by_url(self, url: str) -> Server | None:
         """The server with a URL, including servers that are being removed."""
@@ -116,7 +116,7 @@ class SharedFleet(Fleet, Generic[News]):
         self.look()
         gone = super().gone()
         if gone:
-            self.take_places()
+            self.use_columns()
         return gone
 
 
@@ -143,12 +143,12 @@ class LeadingFleet(SharedFleet[Server]):
             )
             raise ConfigError([problem])
 
-    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
+    def _find_columns(self, counted: list[str]) -> dict[str, int | None]:
         """Assign columns to keys that have none."""
         board = self.counters.board
         board.keep(set(counted))
-        places = board.assign_all(counted)
-        without = [key for key, column in places.items() if column is None]
+        columns = board.assign_all(counted)
+        without = [key for key, column in columns.items() if column is None]
         if without:
             logger.error(
                 "shared counters are full: %d servers and keys are counted per worker until "
@@ -157,7 +157,7 @@ class LeadingFleet(SharedFleet[Server]):
                 len(without),
                 ", ".join(without[:3]),
             )
-        return places
+        return columns
 
 
 class FollowingFleet(SharedFleet[Verdict]):

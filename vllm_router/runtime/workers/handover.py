@@ -135,7 +135,7 @@ class FairAccept:
         return max(1, room)
 
     def _room(self) -> int:
-        """How many connections this worker may accept before another must have its turn."""
+        """Connections that this worker may accept before another worker has its turn."""
         fewest = self._counters.fewest(CONNECTIONS)
         return fewest + LEAD + fewest // 8 - self._mine
 

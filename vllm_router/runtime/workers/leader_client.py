@@ -144,7 +144,7 @@ class LeaderClient:
         new = self._own_share(new)
         old = supervisor.config
         if new == old:
-            self._fleet.take_places()
+            self._fleet.use_columns()
             return
         try:
             await supervisor.prepare(new)

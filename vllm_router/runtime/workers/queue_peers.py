@@ -87,7 +87,7 @@ class _Reader:
         self.entries: dict[int, RemoteEntry] = {}
         self.heartbeat = 0
         self.heard = 0.0
-        """When its heartbeat last changed, on this process's awake clock."""
+        """Time of the last change of its heartbeat, on this process's awake clock."""
         self.silent = False
 
 

@@ -1,4 +1,4 @@
-"""Apply a worker's reports in the leader, as if its attempts had been made here."""
+"""Applies a worker's reports in the leader, as if its attempts had been made here."""
 
 from __future__ import annotations
 

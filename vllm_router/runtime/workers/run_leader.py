@@ -45,9 +45,9 @@ async def run(environment: Environment) -> None:
     config = environment.config
     app = Dispatcher()
     limits = client_limits(config.settings)
-    side = HypercornHandler(app, limits=limits, on_rejected=output.access.refused)
-    side.closing = True  # the next request may be for inference, which workers serve
-    front = Listener(app, accepts=is_inference, limits=limits, tls_only=True, handler=side)
+    handler = HypercornHandler(app, limits=limits, on_rejected=output.access.refused)
+    handler.closing = True  # the next request may be for inference, which workers serve
+    front = Listener(app, accepts=is_inference, limits=limits, tls_only=True, handler=handler)
     environment.adopt_listeners(front)
     with contextlib.ExitStack() as ending:
         sockets = [socket.socket(fileno=fileno) for fileno in spec.local]
@@ -66,7 +66,7 @@ async def run(environment: Environment) -> None:
                 config,
                 _source(spec),
                 nursery=nursery,
-                adopted=AdoptedConnections(side, nursery, most_connections()),
+                adopted=AdoptedConnections(handler, nursery, most_connections()),
                 counters=environment.counters(),
                 queue=environment.queue(),
                 channels=environment.channels,
@@ -88,7 +88,7 @@ async def run(environment: Environment) -> None:
             await nursery.start(control.listen)
             nursery.start_soon(front.serve)
             await nursery.start(local.serve)
-            nursery.start_soon(_drain_with_workers, supervisor, side, lame)
+            nursery.start_soon(_drain_with_workers, supervisor, handler, lame)
             control.send(control_channel.SERVING)
             await control.first.wait()
             with control.until_second():
@@ -97,7 +97,7 @@ async def run(environment: Environment) -> None:
                 front.begin_drain()
                 await supervisor.wind_down()
                 with trio.move_on_after(LINGER):
-                    while front.connections or side.connections:  # noqa: ASYNC110  once
+                    while front.connections or handler.connections:  # noqa: ASYNC110  once
                         await trio.sleep(0.01)
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
@@ -119,11 +119,11 @@ def _monitor_listener(spec: SpawnSpec) -> MonitorListener | None:
 
 
 async def _drain_with_workers(
-    supervisor: Supervisor, side: HypercornHandler, lame: trio.Event
+    supervisor: Supervisor, handler: HypercornHandler, lame: trio.Event
 ) -> None:
     """Finish the connections that workers have handed over while the workers finish theirs."""
     await lame.wait()
     await supervisor.lame_duck()
     await trio.sleep(LAST_CALL)
-    side.drain()
+    handler.drain()
     await supervisor.wind_down(others_drain=True)

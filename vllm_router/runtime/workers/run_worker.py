@@ -40,7 +40,7 @@ async def run(environment: Environment) -> None:
     (channel,) = environment.channels
     counters = environment.counters()
     reporter = Reporter(channel)
-    side = LeaderHandover(channel, reporter)
+    handover = LeaderHandover(channel, reporter)
     front = Listener(
         app,
         accepts=is_inference,
@@ -48,7 +48,7 @@ async def run(environment: Environment) -> None:
         tls_only=True,
         max_connections=most_connections(),
         on_rejected=output.access.refused,
-        handler=side,
+        handler=handover,
         accept_policy=FairAccept(counters),
     )
     environment.adopt_listeners(front)
@@ -82,7 +82,7 @@ async def run(environment: Environment) -> None:
             control.send(control_channel.SERVING)
             await control.first.wait()
             with control.until_second():
-                await drain(supervisor, front, partial(_wind_down, supervisor, side))
+                await drain(supervisor, front, partial(_wind_down, supervisor, handover))
             worker.stats.serving = False
             with trio.move_on_after(LAST_REPORT), contextlib.suppress(trio.BrokenResourceError):
                 await reporter.flush()
@@ -92,13 +92,13 @@ async def run(environment: Environment) -> None:
     logger.info("stopped")
 
 
-async def _wind_down(supervisor: Supervisor, side: LeaderHandover) -> None:
+async def _wind_down(supervisor: Supervisor, handover: LeaderHandover) -> None:
     """Finish the requests of this process and the relays that the leader uses."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervisor.wind_down)
         # The leader drains at the same time, and closes a relay after its response.
         with trio.move_on_after(supervisor.config.settings.drain_timeout + END_TIME):
-            while side.connections:  # noqa: ASYNC110  once per shutdown
+            while handover.connections:  # noqa: ASYNC110  once per shutdown
                 await trio.sleep(0.02)
 
 

@@ -34,7 +34,7 @@ _UNASSIGNED = 0
 
 
 def columns_for(counted: int) -> int:
-    """The number of columns for a configuration that counts this many things."""
+    """The number of columns for a configuration with this many counter keys."""
     return max(COLUMNS, HEADROOM * (counted + 1))
 
 
@@ -72,9 +72,9 @@ class SharedCounters:
 
     def find(self, key: str) -> int | None:
         """The column of a key, or None."""
-        return self.places([key])[key]
+        return self.columns_of([key])[key]
 
-    def places(self, keys: Iterable[str]) -> dict[str, int | None]:
+    def columns_of(self, keys: Iterable[str]) -> dict[str, int | None]:
         """The columns of several keys; None for keys without one."""
         owned = {mark: column for column, mark in enumerate(self._owners.tolist()) if mark}
         return {key: owned.get(_mark(key)) for key in keys}
@@ -85,7 +85,7 @@ class SharedCounters:
 
     def assign_all(self, keys: Collection[str]) -> dict[str, int | None]:
         """The columns of keys, assigned if necessary; None where all are taken. Leader only."""
-        found = self.places(keys)
+        found = self.columns_of(keys)
         free = iter(self._free())
         for key, column in found.items():
             if column is None:
@@ -95,7 +95,7 @@ class SharedCounters:
         return found
 
     def room_for(self, keys: Collection[str]) -> int:
-        """How many of these keys could have columns if all other keys released theirs."""
+        """Number of these keys that could have columns if all other keys released theirs."""
         kept = {_mark(key) for key in keys}
         counted = self._counted()
         return sum(

@@ -130,7 +130,7 @@ class LeaderPrompts:
                 self._tell(encode(PeerBatch(batch)))
 
     def known(self) -> Iterator[bytes]:
-        """What a worker that has just started must know: all blocks, and its part of the limits."""
+        """The messages for a worker that has just started: all blocks, its part of the limits."""
         placed: list[Placed] = []
         hashes = 0
         for server, blocks in self._context.policies.blocks(MAX_HASHES // 4):

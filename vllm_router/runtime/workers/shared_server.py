@@ -16,7 +16,7 @@ from vllm_router.runtime.workers.queue_board import mark
 from vllm_router.runtime.workers.shared_counters import CounterView
 
 News = TypeVar("News", Server, Verdict)
-"""What is sent to the other processes: changed servers by the leader, verdicts by a worker."""
+"""News for the other processes: changed servers from the leader, verdicts from a worker."""
 
 
 class SharedServer(Server, Generic[News]):
@@ -35,15 +35,15 @@ class SharedServer(Server, Generic[News]):
         self._column: int | None = None
         super().__init__(config, settings, on_change)
 
-    def give_back(self, column: int | None) -> None:
-        """Release the counter column unless it is this one, so that it can be reassigned."""
+    def release_column(self, column: int | None) -> None:
+        """Release the counter column for another key, unless it is `column`."""
         if self._column is not None and self._column != column:
             self._counters.put(self._column, 0)
             self._column = None
             self.in_flight = len(self.leases)
             self._update_load()
 
-    def stand_in(self, column: int | None) -> None:
+    def use_column(self, column: int | None) -> None:
         """Use a counter column.
 
         With None (no column left) only this process's leases are counted.

@@ -16,12 +16,12 @@ from vllm_router.runtime.workers.shared_counters import CounterView
 
 def column_keys(key: KeyConfig) -> tuple[str, str]:
     """The counter keys of an API key: running requests, admitted requests."""
-    return f"key {key.name}: running", f"key {key.name}: let in"
+    return f"key {key.name}: running", f"key {key.name}: admitted"
 
 
-def _places(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int, int] | None:
-    running, let_in = map(column_of, column_keys(key))
-    return None if running is None or let_in is None else (running, let_in)
+def _columns_for(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int, int] | None:
+    running, admitted = map(column_of, column_keys(key))
+    return None if running is None or admitted is None else (running, admitted)
 
 
 class SharedUsage(Usage):
@@ -34,40 +34,40 @@ class SharedUsage(Usage):
         self._columns: dict[str, tuple[int, int]] = {}
         self._of_column: dict[int, tuple[KeyConfig, bool]] = {}
         self._running: dict[str, int] = {}
-        self._let_in: dict[str, int] = {}
+        self._admitted: dict[str, int] = {}
 
-    def give_places_back(
+    def release_columns(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
         """Release the columns that these keys do not use any more."""
-        wanted = {key.name: _places(key, column_of) for key in keys}
-        for name, places in list(self._columns.items()):
-            if wanted.get(name) != places:
+        wanted = {key.name: _columns_for(key, column_of) for key in keys}
+        for name, columns in list(self._columns.items()):
+            if wanted.get(name) != columns:
                 del self._columns[name]
-                for column in places:
+                for column in columns:
                     self._counters.put(column, 0)
 
-    def take_places(
+    def use_columns(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
         """Use the columns of these keys; a key without columns counts its own requests only."""
-        found = [(key, _places(key, column_of)) for key in keys]
-        self._counters.watch(max((max(places) for _, places in found if places), default=0))
+        found = [(key, _columns_for(key, column_of)) for key in keys]
+        self._counters.watch(max((max(columns) for _, columns in found if columns), default=0))
         # Admissions before the first look are not taken from the bucket.
         self._look()
         self._of_column.clear()
-        for key, places in found:
+        for key, columns in found:
             own = self._running.get(key.name, 0) + self._elsewhere.get(key.name, 0)
-            if places is None:
+            if columns is None:
                 self._use(key, perf_counter()).running = own
                 continue
-            running, let_in = places
+            running, admitted = columns
             self._of_column[running] = key, True
-            self._of_column[let_in] = key, False
+            self._of_column[admitted] = key, False
             self._use(key, perf_counter()).running = own + self._counters.elsewhere[running]
-            if self._columns.get(key.name) != places:
-                self._columns[key.name] = places
-                self._let_in[key.name] = 0
+            if self._columns.get(key.name) != columns:
+                self._columns[key.name] = columns
+                self._admitted[key.name] = 0
                 self._show(key.name)
 
     def changed(self, column: int, difference: int) -> None:
@@ -85,16 +85,16 @@ class SharedUsage(Usage):
             use.admitted += difference
 
     def _show(self, name: str) -> None:
-        places = self._columns.get(name)
-        if places is not None:
-            self._counters.put(places[0], self._running.get(name, 0))
-            self._counters.put(places[1], self._let_in.get(name, 0))
+        columns = self._columns.get(name)
+        if columns is not None:
+            self._counters.put(columns[0], self._running.get(name, 0))
+            self._counters.put(columns[1], self._admitted.get(name, 0))
 
     def enter(self, key: KeyConfig, now: float) -> None:
         self._look()
         super().enter(key, now)
         self._running[key.name] = self._running.get(key.name, 0) + 1
-        self._let_in[key.name] = self._let_in.get(key.name, 0) + 1
+        self._admitted[key.name] = self._admitted.get(key.name, 0) + 1
         self._show(key.name)
 
     def leave(self, key: KeyConfig, took: float) -> None:
