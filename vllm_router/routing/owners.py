@@ -31,7 +31,7 @@ Entry = tuple[bytes, str, str]
 class Owners:
     """Owners by id, in two generations: the older one is dropped when the newer one is full. O(1).
 
-    `on_new` is called with entries from answers to this process, not with those of other processes.
+    `on_new` is called with entries from answers to this process, not from other processes.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
