@@ -342,6 +342,22 @@ def test_plain_table_aligns_columns():
     ]
 
 
+def test_table_is_drawn_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    long = "http://a-very-long-name.example:8000"
+    print_table(
+        [Column("SERVER"), Column("LOAD", right=True)], [[Cell("gpu-1", "red"), "0.5"], [long, ""]]
+    )
+    drawn = click.unstyle(capsys.readouterr().out)
+    assert "SERVER" in drawn
+    # A long value is folded: a cut one could not be copied.
+    assert "".join(drawn.split()).count("http://a-very-long-name") == 1
+    assert all(len(line) <= 30 for line in drawn.splitlines())
+
+
 def test_table_escapes_control_characters(capsys: pytest.CaptureFixture[str]):
     print_table([Column("NAME")], [["\x1b[2Jmodel\nup"], [""]])
     assert capsys.readouterr().out.splitlines() == ["NAME", r"\x1b[2Jmodel\nup", "-"]

@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import threading
+import webbrowser
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,11 @@ class FakeClient:
         if self.error is not None:
             raise self.error
         self.asked.append((server, on))
+
+    url = "http://0.0.0.0:8888"
+
+    async def sign_in(self) -> str:
+        return "the-code"
 
     async def watch_drain(self, server: str) -> AsyncIterator[int]:
         for number in self.in_flight:
@@ -256,3 +262,41 @@ def test_client_context_of_private_authority_is_not_strict():
     context = router_client.client_context("https://router:8888", str(PEM))
     assert context.verify_mode == ssl.CERT_REQUIRED
     assert not context.verify_flags & ssl.VERIFY_X509_STRICT
+
+
+# -- open -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, client: type[FakeClient]) -> list[str]:
+    """The links given to a browser, on a machine without a desktop."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "VLLM_ROUTER_OPEN_PRINT"):
+        monkeypatch.delenv(name, raising=False)
+    links: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", links.append)
+    return links
+
+
+@pytest.mark.parametrize(
+    ("arguments", "link"),
+    [
+        ((), "http://127.0.0.1:8888/#sign-in=the-code"),
+        (("--page", "http://[::]:9/"), "http://[::1]:9/#sign-in=the-code"),
+        (("--page", "https://llm.example/"), "https://llm.example/#sign-in=the-code"),
+    ],
+)
+def test_open_prints_a_link_that_a_browser_can_reach(opened: list[str], arguments, link):
+    found = call("open", *arguments)
+    assert (found.exit_code, found.stdout) == (0, f"{link}\n")
+    assert opened == []
+
+
+@pytest.mark.parametrize("desktop", ["DISPLAY", "WAYLAND_DISPLAY"])
+def test_open_starts_a_browser_on_a_desktop_unless_told_to_print(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch, desktop: str
+):
+    monkeypatch.setenv(desktop, ":0")
+    assert call("open", "--print").exit_code == 0
+    assert opened == []
+    link = call("open").stdout.strip()
+    assert opened == [link]
