@@ -75,7 +75,7 @@ var (
 // patience is how much longer than -duration a measurement may last.
 const patience = 30 * time.Second
 
-// isTooShort tells whether too little was counted, as in a short measurement on a busy machine.
+// isTooShort reports whether too little was counted, as in a short measurement on a busy machine.
 func isTooShort() bool {
 	return failures.Load() == 0 && (requests.Load() < *fewest || chunks.Load() < *fewestParts)
 }

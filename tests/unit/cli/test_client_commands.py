@@ -292,7 +292,7 @@ def test_open_prints_a_link_that_a_browser_can_reach(opened: list[str], argument
 
 
 @pytest.mark.parametrize("desktop", ["DISPLAY", "WAYLAND_DISPLAY"])
-def test_open_starts_a_browser_on_a_desktop_unless_told_to_print(
+def test_open_starts_a_browser_on_a_desktop_unless_asked_to_print(
     opened: list[str], monkeypatch: pytest.MonkeyPatch, desktop: str
 ):
     monkeypatch.setenv(desktop, ":0")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from support.mock_memory import Answer, Mock, running_mock
+from support.mock_memory import Answer, Client, Mock, running_mock
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "tiny", "input": "Hello", "max_output_tokens": 4}
@@ -19,6 +19,15 @@ async def respond(mock: Mock, **more: Any) -> Answer:
 
 async def retrieve(mock: Mock, identity: str, query: str = "") -> Answer:
     return await mock.ask("GET", f"{PATH}/{identity}{query}")
+
+
+async def background_stream(mock: Mock) -> tuple[Client, Answer]:
+    """A client of a background stream that has got the first event."""
+    client = await mock.client()
+    await client.send("POST", PATH, {**BODY, "background": True, "stream": True})
+    started = await client.head()
+    await client.chunk(started)
+    return client, started
 
 
 def kinds(answer: Answer) -> list[str]:
@@ -57,10 +66,7 @@ async def test_mock_background_response_is_queued_then_complete(autojump_clock):
 
 async def test_mock_background_stream_is_played_to_every_client(autojump_clock):
     async with running_mock(enable_responses_api_store=True, token_delay=1.0) as mock:
-        client = await mock.client()
-        await client.send("POST", PATH, {**BODY, "background": True, "stream": True})
-        started = await client.head()
-        await client.chunk(started)
+        client, started = await background_stream(mock)
         identity = started.events[0]["response"]["id"]
         # A client that joins while events are still to come, one that has seen some, one later.
         late: list[Answer] = []
@@ -81,10 +87,7 @@ async def test_mock_background_stream_is_played_to_every_client(autojump_clock):
 
 async def test_mock_background_follower_that_leaves_is_forgotten(autojump_clock):
     async with running_mock(enable_responses_api_store=True, token_delay=1.0) as mock:
-        client = await mock.client()
-        await client.send("POST", PATH, {**BODY, "background": True, "stream": True})
-        head = await client.head()
-        await client.chunk(head)
+        client, _ = await background_stream(mock)
         (stored,) = mock.server.responses.by_id.values()
         assert len(stored.background.followers) == 1
         await client.aclose()
