@@ -7,6 +7,7 @@ share one process, because they share one browser.
 
 from __future__ import annotations
 
+import functools
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -43,7 +44,12 @@ TOGETHER = (frozenset({"e2e/test_page", "e2e/test_page_looks"}),)
 
 def file_of(nodeid: str) -> str:
     """`e2e/test_shared_queue` for a test of tests/e2e/test_shared_queue.py."""
-    path = PurePosixPath(nodeid.partition("::")[0])
+    return _short_name(nodeid.partition("::")[0])
+
+
+@functools.cache
+def _short_name(file: str) -> str:
+    path = PurePosixPath(file)
     return f"{path.parent.name}/{path.stem}"
 
 

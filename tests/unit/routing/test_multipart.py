@@ -10,12 +10,17 @@ from random import Random
 
 import pytest
 
-from support.form_oracle import Seen, in_chunks, make_form, model_seen_by_starlette, seen_by_fastapi
+from support.lazy_import import LazyImport
 from vllm_router.errors import InvalidBody
 from vllm_router.routing.prompt.forms import FormFields, form_kind, read_form
 from vllm_router.steps import finish
 
-FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "2000"))
+form_oracle = LazyImport("support.form_oracle")
+
+Seen = tuple[str | None, bool] | None
+"""`model` and `stream`; None if the form is refused."""
+
+FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "1000"))
 """100 000 of them were compared when the parser was written."""
 
 
@@ -43,12 +48,12 @@ def test_multipart_form_is_read_like_fastapi():
     rng = Random(20261129)
     tally: Counter[str] = Counter()
     for number in range(FORMS):
-        content_type, body = make_form(rng)
-        chunks = in_chunks(rng, body)
+        content_type, body = form_oracle.make_form(rng)
+        chunks = form_oracle.in_chunks(rng, body)
         found = fields_of(content_type, body)
         seen = None if found is None else (found.model, found.stream)
         at = f"form {number}: {content_type!r} {body!r}"
-        starlette = model_seen_by_starlette(content_type, chunks)
+        starlette = form_oracle.model_seen_by_starlette(content_type, chunks)
         if starlette is None:
             tally["refused by both" if seen is None else "refused by Starlette alone"] += 1
             continue
@@ -59,7 +64,10 @@ def test_multipart_form_is_read_like_fastapi():
         assert seen[0] == expected, at
         tally["read by both"] += 1
         tally["with a model"] += seen[0] is not None
-        if number % 10 == 0 and (theirs := seen_by_fastapi(content_type, chunks)) is not None:
+        if (
+            number % 10 == 0
+            and (theirs := form_oracle.seen_by_fastapi(content_type, chunks)) is not None
+        ):
             tally["read by FastAPI"] += 1
             # For vLLM an empty name is no name.
             assert seen == (theirs[0] or None, theirs[1]), at
