@@ -122,5 +122,5 @@ def test_demo_breaks_one_server_at_a_time_and_mends_it(lively: Fake):
 
 async def test_demo_with_one_server_never_breaks_it(autojump_clock: MockClock):
     fake = Fake(SERVERS[:1])
-    await fake.run(1.0, 600.0)
+    await fake.run(1.0, 200.0)
     assert fake.switches == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.cli.main import cli as router_cli
-from vllm_router.lab.simulate import cli
+from vllm_router.lab.simulate import cli, plots
 from vllm_router.lab.simulate import grid as grid_module
 from vllm_router.lab.simulate.cli import LOADS
 from vllm_router.lab.simulate.engine import Engine, Job
@@ -239,6 +240,7 @@ def scene(**changes: object) -> Scene:
     return dataclasses.replace(base, **changes)
 
 
+@functools.cache
 def figures_of(
     policy: str, workload: str = "chat", rate: float = 60.0, **changes: object
 ) -> Figures:
@@ -272,7 +274,8 @@ def test_simulate_workload_has_its_rate_and_is_equal_for_policies(workload: str)
 
 
 def test_simulate_same_seed_gives_same_result():
-    assert figures_of("adaptive", "agents", 10.0) == figures_of("adaptive", "agents", 10.0)
+    run = Run("agents", 0.0, 1, "adaptive", scene(), 10.0)
+    assert execute(run) == execute(run)
 
 
 def test_simulate_leases_are_returned():
@@ -453,9 +456,11 @@ def test_percentile_of_empty_list_is_zero():
     assert percentile([1.0, 2.0, 3.0], 0.99) == 3.0
 
 
-def cell(policy: str, p99: float, *, workload: str = "one", seed: int = 1) -> Cell:
-    figures = Figures(100, 0, 0.0, p99, 0.02, 0.03, 1.0, 0.5, 1.0, 0, (1.0,))
-    return Cell(workload, 0.5, seed, policy, figures)
+def cell(
+    policy: str, p99: float, *, workload: str = "one", seed: int = 1, load: float = 0.5
+) -> Cell:
+    figures = Figures(100, 0, 0.01, p99, 0.02, 0.03, 1.0, 0.5, 1.0, 0, (1.0,))
+    return Cell(workload, load, seed, policy, figures)
 
 
 def test_standings_are_relative_to_best_of_each_cell():
@@ -520,11 +525,11 @@ def test_margin_of_mean_is_students():
 
 
 def test_cell_table_has_confidence_of_several_seeds():
-    one, other = (figures_of("random", rate=20.0, seconds=6.0) for _ in range(2))
-    head, (row,) = cell_rows([Cell("chat", 0.5, seed, "random", one) for seed in (1, 2)])
+    figures = figures_of("random", rate=20.0, seconds=6.0)
+    head, (row,) = cell_rows([Cell("chat", 0.5, seed, "random", figures) for seed in (1, 2)])
     assert dict(zip(head, row, strict=True))["p99"] != ""
     assert row[head.index("p99")].endswith("± 0.000 s")
-    _, (row,) = cell_rows([Cell("chat", 0.5, 1, "random", other)])
+    _, (row,) = cell_rows([Cell("chat", 0.5, 1, "random", figures)])
     assert "±" not in "".join(row)
 
 
@@ -719,15 +724,29 @@ def test_simulate_without_arguments_runs_small_grid(monkeypatch):
     assert {run.workload for run in ran} == set(WORKLOADS)
 
 
-@pytest.mark.parametrize("loads", [("50",), ("50", "80")])
-def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
-    several = [argument for load in loads for argument in ("--load", load)]
+def test_plots_are_drawn_as_png_and_svg(tmp_path):
     policies = ("--policy", "adaptive", "--policy", "random")
-    command(*SHORT, "--workload", "chat", *several, *policies, "--plot", str(tmp_path))
+    command(
+        *SHORT, "--workload", "chat", "--load", "50", *policies, "--plot", str(tmp_path)
+    )  # fmt: skip
     assert (tmp_path / "chat.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "chat.svg").read_text()
     assert "adaptive" in drawn
-    assert ("load (% of capacity)" in drawn) is (len(loads) > 1)
+    assert "load (% of capacity)" not in drawn
+
+
+def test_plots_of_several_loads_have_a_line_per_policy(tmp_path):
+    cells = [
+        cell(policy, p99, load=load)
+        for policy, p99s in (("adaptive", (0.1, 0.2)), ("random", (0.3, 0.7)))
+        for load, p99 in zip((0.5, 0.8), p99s, strict=True)
+    ]
+    with patch("matplotlib.figure.Figure.savefig", autospec=True) as save:
+        plots.draw(cells, tmp_path)
+    panel = save.call_args.args[0].axes[0]
+    lines = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in panel.lines}
+    assert lines == {"adaptive": (50.0, 80.0, 0.1, 0.2), "random": (50.0, 80.0, 0.3, 0.7)}
+    assert (panel.get_xlabel(), panel.get_yscale()) == ("load (% of capacity)", "log")
 
 
 def test_plots_missing_matplotlib_is_error_with_advice(tmp_path, monkeypatch):

@@ -33,16 +33,17 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One picture per workload, as PNG and as SVG; returns the files written."""
     mpl: Any = importlib.import_module("matplotlib")
 
-    mpl.use("Agg")
     # Text stays text, without timestamps: files are small and change only with the results.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "vllm-router"})
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    # Figures without pyplot, which would choose a backend for windows and keep every figure.
+    figures: Any = importlib.import_module("matplotlib.figure")
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for workload in dict.fromkeys(cell.workload for cell in cells):
         of_it = [cell for cell in cells if cell.workload == workload]
-        figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5))
+        figure = figures.Figure(figsize=(12, 6.5))
+        axes = figure.subplots(2, 3)
         for axis, (field, title, logarithmic) in zip(axes.flat, _SHOWN, strict=True):
             _panel(axis, of_it, field, title, logarithmic=logarithmic)
         handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -53,7 +54,6 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
             path = folder / f"{workload}.{kind}"
             figure.savefig(path, metadata={nothing: None}, dpi=80)
             written.append(path)
-        pyplot.close(figure)
     return written
 
 
