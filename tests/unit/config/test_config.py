@@ -382,9 +382,9 @@ def test_config_all_problems_are_reported_at_once():
 
 
 def test_config_flood_of_problems_is_counted_not_listed():
-    found = problems(ONE_SERVER + "[config]\n" + "".join(f"k{n} = 1\n" for n in range(20_000)))
+    found = problems(ONE_SERVER + "[config]\n" + "".join(f"k{n} = 1\n" for n in range(4000)))
     assert len(found) == MAX_PROBLEMS + 1
-    assert found[-1] == f"and {20_000 - MAX_PROBLEMS} more problems"
+    assert found[-1] == f"and {4000 - MAX_PROBLEMS} more problems"
 
 
 # -- unknown keys -----------------------------------------------------------------------------

@@ -149,13 +149,15 @@ _LABELS = ['{engine="0"}', '{num_gpu_blocks="9e9",block_size="1"}', "{", '{a="}'
 _LINES = st.one_of(
     st.text(max_size=40),
     st.tuples(
-        st.sampled_from(_NAMES), st.sampled_from(_LABELS) | st.text(max_size=12), st.text()
+        st.sampled_from(_NAMES),
+        st.sampled_from(_LABELS) | st.text(max_size=12),
+        st.text(max_size=12),
     ).map(lambda parts: f"{parts[0]}{parts[1]} {parts[2]}"),
     st.tuples(st.sampled_from(_NAMES), st.floats()).map(lambda parts: f"{parts[0]} {parts[1]}"),
 )
 
 
-@given(st.lists(_LINES, max_size=8).map("\n".join))
+@given(st.lists(_LINES, max_size=5).map("\n".join))
 @example('vllm:cache_config_info{num_gpu_blocks="' + "9" * 5000 + '",block_size="1"} 1')
 @example("vllm:num_requests_running{" * 200)
 def test_engine_metrics_any_page_gives_finite_figures(page):

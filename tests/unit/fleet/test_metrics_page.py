@@ -147,7 +147,7 @@ _VALUE = re.compile(rb"(?<=\} )\S+$", re.MULTILINE)
 
 @given(
     st.sampled_from([LOADED, TWO_ENGINES]),
-    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10**9)), max_size=25),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10**9)), max_size=10),
 )
 def test_metrics_page_any_values_read_like_whole_pages(page, changes):
     """Every so many values of the page change, which moves the lines after them."""

@@ -143,9 +143,9 @@ def test_read_model_list_overlong_entry_is_dropped():
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=20,
+    max_leaves=8,
 )
-_ENTRIES = st.lists(_JSON | st.fixed_dictionaries({"id": _JSON, "x": _JSON}), max_size=6)
+_ENTRIES = st.lists(_JSON | st.fixed_dictionaries({"id": _JSON, "x": _JSON}), max_size=4)
 
 
 @given(st.binary(max_size=60) | _ENTRIES.map(lambda data: json.dumps({"data": data}).encode()))

@@ -122,12 +122,12 @@ async def world(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "seconds"), [(NO_ANSWER, 600), (NO_SUCH_NAME, 120), ([], 120), (None, 300)], ids=str
+    ("trouble", "seconds"), [(NO_ANSWER, 300), (NO_SUCH_NAME, 60), ([], 60), (None, 120)], ids=str
 )
 async def test_probe_resolver_failure_takes_no_server_down(
     autojump_clock, monkeypatch, caplog, trouble, seconds
 ):
-    """Every check needs a new connection; one of the failures lasts for ten minutes."""
+    """Every check needs a new connection; one of the failures lasts for five minutes."""
     async with world(monkeypatch) as there:
         await there.until(lambda: there.state[0] is State.UP)
         there.answer = trouble

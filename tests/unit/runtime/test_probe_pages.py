@@ -77,7 +77,7 @@ async def test_read_pieces_endless_page_is_refused_unbuffered():
 
 @pytest.mark.parametrize("size", [3 * MB, 100 * MB])
 async def test_read_whole_decompression_bomb_is_refused_at_limit(size):
-    packer = zlib.compressobj(9, wbits=31)
+    packer = zlib.compressobj(1, wbits=31)
     bomb = b"".join([packer.compress(bytes(MB)) for _ in range(size // MB)]) + packer.flush()
     with Kept() as kept, pytest.raises(UnusablePage, match="longer than 2000000 bytes"):
         await read_whole(response(bomb, "gzip"), 2 * MB)
