@@ -151,7 +151,8 @@ def upstream() -> Iterator[Upstream]:
 def router(
     request: pytest.FixtureRequest, upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RouterProcess]:
-    settings = {**FAST, "first_byte_timeout": 1, "max_body_mb": 0.02}
+    # Long enough for every request but `hang`: the server is a thread of the tests' busy process.
+    settings = {**FAST, "first_byte_timeout": 4, "max_body_mb": 0.02}
     config = f"""
 [servers]
 servers = [
