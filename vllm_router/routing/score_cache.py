@@ -218,18 +218,23 @@ class ScoreCache:
 
     def follow(self) -> None:
         """Update the scores of servers that have changed; the first step of a pick."""
-        change_log = self.candidates[0].change_log.servers
-        if change_log is not self._log:
+        log = self.candidates[0].change_log
+        servers, read = log.servers, self._read
+        if servers is self._log:
+            if read == len(servers):
+                return
+            changed = servers[read:]
+        elif log.earlier is self._log:
+            changed = log.earlier[read:] + servers
+        else:
             self.measure_all()
             return
-        read = self._read
-        if read != len(change_log):
-            self._read = len(change_log)
-            positions = self._positions
-            for server in set(change_log[read:]):
-                position = positions.get(server)
-                if position is not None:
-                    self._measure(position)
+        self._log, self._read = servers, len(servers)
+        positions = self._positions
+        for server in set(changed):
+            position = positions.get(server)
+            if position is not None:
+                self._measure(position)
 
     def adopt(self, before: ScoreCache) -> None:
         """Take over the figures of an earlier set of candidates, if most are the same.
@@ -288,7 +293,7 @@ class ScoreCache:
         return sorted(suspects), begin == 0
 
     def measure_all(self) -> None:
-        """Update all scores: the change log was restarted."""
+        """Update all scores: changes have been missed, or all are new."""
         self._log = self.candidates[0].change_log.servers
         self._read = len(self._log)
         self._measure_at(range(len(self.estimates)))
@@ -320,14 +325,15 @@ class ScoreCache:
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
-        server_load = estimate.server.load_estimate
+        server = estimate.server
+        server_load = server.load_estimate
         load = server_load.active + estimate.extra
         waste_load = load
         if load > MAX_WASTE_LOAD:
-            even = self._load_total / len(self._loads) * estimate.server.weighted_capacity
+            even = self._load_total / len(self._loads) * server.weighted_capacity
             waste_load = min(load, max(even, MAX_WASTE_LOAD))
         base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
-        if self._ring and estimate.server.at_cap:
+        if self._ring and server.in_flight >= server.cap:  # `at_cap`, inlined
             base = math.inf  # see `Policy.skips_full`
         self.bases[position] = factor * base
         if self._order is not None:
@@ -483,6 +489,8 @@ class ScoreCache:
         order = self._order
         assert order is not None
         tokens, uncached, turns, delay = prompt
+        if not (levels or bonus or waits or uncached) and tokens <= self.least_room:
+            return self._lowest_base(order.lowest(SHORTLIST), draw)
         front = order.lowest(SEARCHED)
         chosen = front[:SHORTLIST]
         if waits:
@@ -544,6 +552,14 @@ class ScoreCache:
             return [chosen[scores.index(lowest)]]
         return [at for at, score in zip(chosen, scores, strict=True) if score == lowest]
 
+    def _lowest_base(self, front: list[int], draw: float) -> list[int]:
+        """One of these positions with the lowest base score, by chance; they are in order."""
+        bases = self.bases
+        lowest, one = bases[front[0]], front[int(draw * len(front))]
+        if bases[one] == lowest:
+            return [one]
+        return [position for position in front if bases[position] == lowest]
+
     def _cached_at(
         self, levels: list[tuple[float, int]], front: list[int], draw: float
     ) -> dict[int, float]:
@@ -576,7 +592,7 @@ class ScoreCache:
         HOLDERS with the lowest base scores; if few are in front, some of the others, by chance.
         """
         if bits.bit_count() <= HOLDERS:
-            return self._first_of(bits)
+            return self._all_of(bits)
         bit_of = self._bits
         found = [position for position in front[:SHORTLIST] if bit_of[position] & bits]
         if len(found) < HOLDERS:
@@ -585,6 +601,16 @@ class ScoreCache:
             return found[:HOLDERS]
         shift = int(draw * bits.bit_length())
         return found + self._first_of(bits >> shift << shift or bits)
+
+    def _all_of(self, bits: int) -> list[int]:
+        """Positions of these servers; from the highest bit on, which is found at once."""
+        position_at, bit_of = self._position_at, self._bits
+        found: list[int] = []
+        while bits:
+            position = position_at[bits.bit_length()]
+            found.append(position)
+            bits ^= bit_of[position]
+        return found
 
     def _first_of(self, bits: int) -> list[int]:
         """Positions of the HOLDERS servers with the lowest bits, of all if they are fewer."""
