@@ -35,6 +35,10 @@ class Use:
         self.tokens = min(max(rate, 1.0), self.tokens + (now - self.at) * rate / 60)
         self.at = now
 
+    def spend(self, requests: float, least: float) -> None:
+        """Take tokens, down to `least`."""
+        self.tokens = max(min(self.tokens, least), self.tokens - requests)
+
 
 def new_use(key: KeyConfig, now: float) -> Use:
     """The use of a key without recent requests: a full bucket."""
@@ -112,16 +116,16 @@ class Usage:
         for name, use in self._uses.items():
             yield name, use.admitted, max(0, use.running - self._elsewhere.get(name, 0))
 
-    def spend(self, key: KeyConfig, requests: float, now: float) -> None:
+    def spend(self, key: KeyConfig, requests: float, now: float, *, into_debt: bool = True) -> None:
         """Other routers have admitted requests of this key.
 
-        The debt is at most one minute's requests.
+        The debt is at most one minute's requests; not `into_debt`, these make none.
         """
         rate = key.requests_per_minute
         if rate is not None:
             use = self._use(key, now)
             use.refill(rate, now)
-            use.tokens = max(-max(rate, 1.0), use.tokens - requests)
+            use.spend(requests, -max(rate, 1.0) if into_debt else 0.0)
 
     def run_elsewhere(self, running: Mapping[str, int]) -> None:
         """The running requests of all keys in other routers now."""

@@ -143,8 +143,14 @@ def test_outbox_key_use_is_total_with_recent_part():
         {"team": KeyUse(5, 0, 1)},
         {"team": KeyUse(5, 0, 1)},
         {"team": KeyUse(9, 4, 2)},
-        {"team": KeyUse(20, 0, 0)},  # what was spent while sharing was interrupted
+        {"team": KeyUse(20, 0, 0, unheard=11)},
     ]
+
+
+def test_outbox_interruption_is_told_with_the_batch_that_ends_it():
+    outbox = Outbox("r")
+    found = [outbox.batch(ABOUT, {}, {}, now).interrupted for now in (5.0, 6.0, 60.0, 60.2)]
+    assert found == [0.0, 0.0, 54.0, 0.0]
 
 
 def test_outbox_passes_on_batches_of_workers():

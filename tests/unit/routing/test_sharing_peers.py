@@ -42,6 +42,9 @@ class Noted:
     def spent(self, key: str, requests: int, at: float) -> None:
         self.calls.append(("spent", key, requests, at))
 
+    def spent_unheard(self, key: str, requests: int, at: float) -> None:
+        self.calls.append(("unheard", key, requests, at))
+
     def running(self, requests: dict[str, int]) -> None:
         self.calls.append(("running", requests))
 
@@ -234,6 +237,16 @@ def test_peers_key_use_during_an_interruption_does_not_count():
     router.peers.hear(batch(2, keys={"team": KeyUse(5000, 0, 0)}), 60.0)
     router.peers.hear(batch(3, keys={"team": KeyUse(5004, 4, 0)}), 60.2)
     assert [call[1] for call in router.noted.of("spent")] == [10, 4]
+
+
+def test_peers_key_use_before_this_router_listened_counts_apart():
+    router = Router("own")
+    use = KeyUse(5000, 0, 0, unheard=90)
+    router.peers.hear(batch(7, keys={"team": use}, interrupted=60.0), 30.0, 10.0, past=True)
+    router.peers.hear(batch(8, keys={"team": KeyUse(5004, 4, 0)}), 30.0, 9.8, past=True)
+    router.peers.hear(batch(9, keys={"team": use}), 30.0)  # `interrupted` was cleared
+    assert router.noted.of("unheard") == [("team", 90, 20.0)]
+    assert [call[1] for call in router.noted.of("spent")] == [4]
 
 
 def test_peers_late_batch_changes_no_key_and_no_health():

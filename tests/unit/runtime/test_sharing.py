@@ -377,6 +377,61 @@ async def test_sharing_key_use_of_a_short_outage_is_not_subtracted_afterwards(
         assert sum(router.admitted(5) for router in routers) == 15
 
 
+@pytest.mark.parametrize("outage", [5, 20, 400])
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("meanwhile", [False, True])
+async def test_sharing_router_that_starts_after_an_outage_counts_what_keys_used_in_it(
+    autojump_clock: MockClock, outage: int, emptied: bool, meanwhile: bool
+):
+    """It had no part of the limits in the outage; a full bucket would be one minute's requests."""
+    bus = Bus()
+    async with fleet(bus, 3) as routers, trio.open_nursery() as nursery:
+        for router in routers:
+            router.admitted(1)
+        bus.gone = True
+        await trio.sleep(3)
+        new = Router(bus, "gw-4")
+        if meanwhile:
+            nursery.start_soon(new.run)
+        for _ in range(outage):
+            for router in routers:
+                router.admitted(1000)
+            await trio.sleep(1)
+        if emptied:
+            bus.entries.clear()
+        bus.gone = False
+        for number in range(40):
+            await trio.sleep(0.1)
+            for router in routers:
+                router.admitted(1000)
+            if number == 20 and not meanwhile:
+                nursery.start_soon(new.run)
+        assert [router.shared.routers for router in (*routers, new)] == [4] * 4
+        assert new.admitted(1000) <= 40  # refilled since, less what the others used
+        nursery.cancel_scope.cancel()
+
+
+async def test_sharing_key_use_of_an_outage_makes_no_debt_of_a_router_that_starts(
+    autojump_clock: MockClock,
+):
+    """When in ten minutes the requests came is not known: at most its bucket is empty."""
+    bus = Bus()
+    async with fleet(bus, 2) as routers:
+        bus.gone = True
+        for _ in range(600):
+            for router in routers:
+                router.admitted(3)
+            await trio.sleep(1)
+        bus.gone = False
+        await trio.sleep(2)
+        async with trio.open_nursery() as nursery:
+            new = Router(bus, "gw-3")
+            nursery.start_soon(new.run)
+            await trio.sleep(3)
+            assert new.admitted(20) == 20
+            nursery.cancel_scope.cancel()
+
+
 # -- ejections and crashes ---------------------------------------------------------------------
 
 

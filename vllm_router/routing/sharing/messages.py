@@ -89,11 +89,13 @@ class KeyUse(msgspec.Struct, frozen=True, array_like=True):
     admitted: since the start of the router.
     recent: of these, since its last batch; 0 after an interruption.
     running: now.
+    unheard: of the admitted ones, during the interruption that ends with this batch.
     """
 
     admitted: Count
     recent: Count
     running: Count
+    unheard: Count = 0
 
 
 class Figures(msgspec.Struct, frozen=True, array_like=True):
@@ -143,6 +145,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     quarantined: digests of requests that have crashed servers.
     owners: servers of stored responses: digest of the id, URL, name of the key.
     figures: by URL, of the servers that this router has just scraped.
+    interrupted: seconds since its last batch, if sharing was interrupted, else 0.
     """
 
     router: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -156,6 +159,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     quarantined: Annotated[list[Digest], Meta(max_length=MAX_ITEMS)] = []
     owners: Annotated[list[tuple[Digest, Url, Name]], Meta(max_length=MAX_ITEMS)] = []
     figures: Annotated[dict[Url, Figures], Meta(max_length=MAX_FIGURES)] = {}
+    interrupted: Level = 0.0
 
 
 class _Envelope(msgspec.Struct, array_like=True):

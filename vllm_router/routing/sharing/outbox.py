@@ -149,7 +149,7 @@ class Outbox:
         the metrics of the servers that were scraped, by URL.
         """
         self._number += 1
-        continuous = self._batch_at is not None and now - self._batch_at <= CONTINUOUS
+        since = now - self._batch_at if self._batch_at is not None else None
         self._batch_at = now
         placed = self._blocks(self._placed, MAX_HASHES)
         return Batch(
@@ -161,11 +161,12 @@ class Outbox:
             withdrawn=self._blocks(
                 self._withdrawn, MAX_HASHES - sum(len(blocks) // 8 for _, blocks in placed)
             ),
-            keys=self._changed(keys, continuous=continuous),
+            keys=self._changed(keys, since),
             ejected=_taken(self._ejected, OWNERS_PER_BATCH),
             quarantined=_taken(self._quarantined, QUARANTINED_PER_BATCH),
             owners=_taken(self._owners, OWNERS_PER_BATCH),
             figures=dict(figures or {}),
+            interrupted=since if since is not None and since > CONTINUOUS else 0.0,
         )
 
     def _blocks(self, queue: deque[Blocks], room: int) -> list[Placed]:
@@ -178,14 +179,18 @@ class Outbox:
         return taken
 
     def _changed(
-        self, keys: Mapping[str, tuple[int, int]], *, continuous: bool
+        self, keys: Mapping[str, tuple[int, int]], since: float | None
     ) -> dict[str, KeyUse]:
+        """The keys whose use has changed, `since` seconds after the last batch if there was one."""
         changed = {}
         for name, (admitted, running) in islice(keys.items(), MAX_ITEMS):
             before = self._keys.get(name, (0, 0))
             if running or before != (admitted, running):
-                recent = max(0, admitted - before[0]) if continuous else 0
-                changed[name] = KeyUse(admitted, recent, running)
+                new = max(0, admitted - before[0]) if since is not None else 0
+                if since is not None and since <= CONTINUOUS:
+                    changed[name] = KeyUse(admitted, new, running)
+                else:
+                    changed[name] = KeyUse(admitted, 0, running, unheard=new)
         self._keys = dict(keys)
         return changed
 

@@ -42,6 +42,9 @@ class Effects(Protocol):
     def spent(self, key: str, requests: int, at: float) -> None:
         """Requests of this API key were admitted elsewhere."""
 
+    def spent_unheard(self, key: str, requests: int, at: float) -> None:
+        """Requests were admitted elsewhere in an interruption that ended at `at`."""
+
     def running(self, requests: dict[str, int]) -> None:
         """The running requests of API keys elsewhere, of all keys that have any."""
 
@@ -145,6 +148,8 @@ class Peers:
         """Apply a batch that was written `age` seconds ago.
 
         past: it was written before this router was listening, so only lasting facts count.
+            After an interruption in which this router listened, too, its use of keys does not
+            count: the caller clears `interrupted`.
         sibling: it is of a process of the same router, which shares the rest in other ways.
         Call `settle` after the last batch of a series.
         """
@@ -205,7 +210,8 @@ class Peers:
         """Report what keys have spent.
 
         After an interruption only the last period counts: while two routers did not hear each
-        other, each had its own share of the limits.
+        other, each had its own share of the limits. This router had none if it began to listen
+        later.
         """
         effects = self._effects
         assert effects is not None
@@ -218,6 +224,8 @@ class Peers:
                 spent = max(0, use.admitted - before.admitted)
             if counts and spent:
                 effects.spent(name, spent, at)
+            if counts and batch.interrupted and use.unheard:
+                effects.spent_unheard(name, use.unheard, at)
             if before is not None or len(peer.keys) < MAX_ITEMS:
                 peer.keys[name] = use
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import trio
@@ -31,18 +32,26 @@ class ProcessEffects:
         self._past: dict[str, Use] = {}
 
     def spent(self, key: str, requests: int, at: float) -> None:
+        self._spend(key, requests, at, into_debt=True)
+
+    def spent_unheard(self, key: str, requests: int, at: float) -> None:
+        # When in the interruption is not known, and the bucket was refilled meanwhile: at most it
+        # is empty now.
+        self._spend(key, requests, at, into_debt=False)
+
+    def _spend(self, key: str, requests: int, at: float, *, into_debt: bool) -> None:
         found = self._key_named(key)
         if found is None or found.requests_per_minute is None:
             return
         now = trio.current_time()
         if now - at <= GONE_AFTER:
-            self._context.usage.spend(found, requests, now)
+            self._context.usage.spend(found, requests, now, into_debt=into_debt)
             return
         use = self._past.get(key)
         if use is None:
             use = self._past[key] = new_use(found, at)
         use.refill(found.requests_per_minute, max(at, use.at))
-        use.tokens -= requests
+        use.spend(requests, -math.inf if into_debt else 0.0)
 
     def settle_past(self) -> None:
         """Take what was spent in the past, less what has been refilled since, from the buckets."""

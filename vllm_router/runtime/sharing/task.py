@@ -120,6 +120,7 @@ class SharedState:
         self._turn_at = trio.current_time()
         self._answered = False
         self._warm_until: int | None = None
+        self._listens_since: float | None = None
         self._behind = True
         self._warm_up = WARM_UP
         self._clock = 0.0
@@ -144,6 +145,7 @@ class SharedState:
             self._routers = 1
         self._divide()
         self._read, self._warm_until, self._unsent = BEGINNING, None, None
+        self._listens_since = None
         self._answered, self._reported, self._behind = False, False, True
         self._changed.set()
         self._scope.cancel(reason="another configuration")
@@ -287,6 +289,8 @@ class SharedState:
     def _begin(self, turn: Turn) -> None:
         """The first answer has the store's clock: read from some minutes ago on."""
         self._warm_until = turn.now
+        if self._listens_since is None:
+            self._listens_since = trio.current_time()
         self._read = (max(1, turn.now - int(self._warm_up * 1000)), 0)
         self._warm_up = WARM_UP
 
@@ -376,5 +380,11 @@ class SharedState:
             # The store's clock was set back: among what waited, an entry does not tell its age.
             age, past = WARM_UP, True
         age = max(0.0, age)
+        if batch.interrupted and self._listened_before(now - age - batch.interrupted):
+            batch = msgspec.structs.replace(batch, interrupted=0.0)
         self._peers.hear(batch, now, age, past=past)
         self.heard(batch, age, past)
+
+    def _listened_before(self, moment: float) -> bool:
+        """Whether this router was one of the fleet then, and has had its part of the limits."""
+        return self._listens_since is not None and self._listens_since < moment
