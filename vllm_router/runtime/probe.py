@@ -2,8 +2,8 @@
 
 The intervals grow in a large fleet, most of all while nothing happens on the server, see
 `fleet/probe_pace.py`.
-Each server has its own task, so that a slow server delays no other. This module sends the requests;
-`fleet/` decides what the responses mean.
+Each server has its own task, so that a slow server delays no other. This module decides when to
+send which request, and `fleet/` what the responses mean.
 """
 
 from __future__ import annotations
@@ -13,34 +13,29 @@ import math
 import ssl
 from collections.abc import Callable
 from random import Random
-from urllib.parse import urlsplit
 
 import httpx
 import trio
 
 from vllm_router.config.schema import Settings
-from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
+from vllm_router.errors import OwnFault, UnusablePage
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.metrics_page import MetricsPage
-from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList
+from vllm_router.fleet.model_list import ModelList
 from vllm_router.fleet.probe_pace import ProbePace
 from vllm_router.fleet.reason import NONE, Reason, because
 from vllm_router.fleet.server import Server
-from vllm_router.http.client.control_client import control_headers, control_transport
-from vllm_router.http.client.httpx_transport import HttpxTransport
-from vllm_router.http.client.page import read_pieces, read_whole
-from vllm_router.http.client.pool import Doing
+from vllm_router.http.client.page import read_whole
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.routing.sharing.scrapes import LATER, SharedScrapes
+from vllm_router.runtime.probe_client import ProbeClient
 from vllm_router.runtime.probe_results import (
     PageStatus,
     error_reason,
     error_text,
-    is_own_fault,
     read_models,
-    timeout_reason,
 )
 
 logger = logging.getLogger(__name__)
@@ -108,8 +103,7 @@ class Probe:
         self._visits = 0
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
-        self._transport: httpx.AsyncBaseTransport
-        self._requests: dict[str, httpx.Request]
+        self._client: ProbeClient
 
     @property
     def _settings(self) -> Settings:
@@ -117,11 +111,7 @@ class Probe:
 
     async def run(self) -> None:
         """Run health checks, scrapes and model list reads until cancelled."""
-        # The transport has no timeout; each use sets one from the current configuration.
-        self._requests = {}
-        async with control_transport(
-            self._server.url, self._tls, self._resolver
-        ) as self._transport:
+        async with ProbeClient(self._server, self._tls, self._resolver) as self._client:
             # Read the list first: the router must know a server's models before it is up.
             await self._list_models()
             try:
@@ -131,21 +121,6 @@ class Probe:
                     nursery.start_soon(self._keep_listing)
             finally:
                 self._pace.forget(self._server)
-
-    async def _ask(self, path: str) -> httpx.Response:
-        """Send a GET request and return the response head; the caller closes the response.
-
-        Reuses one request object per path and bypasses the httpx client: building a request, and
-        handling redirects, cookies and authentication, would cost more than the exchange itself.
-        """
-        request = self._requests.get(path)
-        if request is None:
-            server = self._server
-            headers = control_headers(server.config.api_key)
-            request = self._requests[path] = httpx.Request(
-                "GET", server.url + path, headers=headers
-            )
-        return await self._transport.handle_async_request(request)
 
     # -- health -------------------------------------------------------------------------------
 
@@ -183,8 +158,8 @@ class Probe:
                 )
                 return
         if verdict is Check.TIMEOUT:
-            detail = self._timeout_reason(timeout)
-            if server.active_health.up and not self._has_address:
+            detail = self._client.timeout_reason(CHECK_PATHS[0], timeout)
+            if server.active_health.up and not self._client.has_address:
                 logger.warning(
                     "server %s: health check skipped, the fault is not the server's: %s",
                     server.name,
@@ -209,23 +184,6 @@ class Probe:
         spread = 0.5 if stretched else 0.1
         return 1.0 + spread * (self._rng.random() - 0.5)
 
-    @property
-    def _has_address(self) -> bool:
-        return not isinstance(self._transport, HttpxTransport) or self._transport.has_address
-
-    def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
-        """True if the router lacks resources, or the resolver lost the name of a healthy server."""
-        unresolved = isinstance(error.__cause__, NameNotResolved)
-        return is_own_fault(error) or (unresolved and bool(self._server.active_health.up))
-
-    @property
-    def _doing(self) -> Doing | None:
-        return self._transport.doing if isinstance(self._transport, HttpxTransport) else None
-
-    def _timeout_reason(self, timeout: float) -> Reason:
-        host = urlsplit(self._server.url).hostname or ""
-        return timeout_reason(self._doing, CHECK_PATHS[0], host, timeout)
-
     async def _ask_whether_paused(self) -> None:
         """Detect that a server that was paused through this router has been resumed directly.
 
@@ -234,7 +192,7 @@ class Probe:
         server, paused = self._server, True
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._ask(PAUSED_PATH)
+                response = await self._client.get(PAUSED_PATH)
                 try:
                     paused = response.status_code not in _NO_SUCH_PATH
                     if response.is_success:
@@ -252,9 +210,9 @@ class Probe:
         detail, status = NONE, 0
         for path in CHECK_PATHS:
             try:
-                status = await self._status(path)
+                status = await self._client.status(path)
             except httpx.HTTPError as error:
-                if self._is_no_fault_of_the_server(error):
+                if not self._client.blames_server(error):
                     raise OwnFault(error_text(error)) from error
                 return Check.UNREACHABLE, error_reason(error)
             if 200 <= status < 300:
@@ -263,20 +221,6 @@ class Probe:
             if status not in _NO_SUCH_PATH:
                 break
         return Check.BUSY if status in _BUSY else Check.UNHEALTHY, detail
-
-    async def _status(self, path: str) -> int:
-        """Return the response status.
-
-        The body is read, which keeps the connection, and discarded.
-        """
-        response = await self._ask(path)
-        try:
-            await read_pieces(response, MAX_LIST_BYTES, lambda _: None)
-        except UnusablePage:
-            pass  # the status is known, and the connection is closed
-        finally:
-            await response.aclose()
-        return response.status_code
 
     def _announce(self, down: bool, now: float) -> None:
         self._fleet.settle(now)
@@ -372,13 +316,13 @@ class Probe:
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._ask(METRICS_PATH)
+                response = await self._client.get(METRICS_PATH)
                 try:
                     await self._read_metrics(response, leases)
                 finally:
                     await response.aclose()
             except httpx.HTTPError as error:
-                if not self._is_no_fault_of_the_server(error):
+                if self._client.blames_server(error):
                     self._reached(reachable=False, detail=error_reason(error))
                 return
             answered = True
@@ -468,7 +412,7 @@ class Probe:
         name = self._server.name
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._ask(MODELS_PATH)
+                response = await self._client.get(MODELS_PATH)
                 try:
                     if response.is_success:
                         self._listed(await read_models(response))

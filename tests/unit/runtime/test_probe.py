@@ -21,7 +21,7 @@ from vllm_router.config.schema import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
-from vllm_router.runtime import probe as probe_module
+from vllm_router.runtime import probe_client
 from vllm_router.runtime.probe import Probe
 
 METRICS = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} %d\n'
@@ -123,7 +123,7 @@ async def watched(
     rig = Watched(Fleet(make_config(servers, **settings)))
     if prepare is not None:
         prepare(rig)
-    monkeypatch.setattr(probe_module, "control_transport", rig.transport)
+    monkeypatch.setattr(probe_client, "control_transport", rig.transport)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with trio.open_nursery() as nursery:
         for server in rig.fleet.servers.values():

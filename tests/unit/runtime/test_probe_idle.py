@@ -16,7 +16,7 @@ from support.fleet_makers import make_config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.probe_pace import SETTLES_IN, ProbePace
 from vllm_router.fleet.state import State
-from vllm_router.runtime import probe as probe_module
+from vllm_router.runtime import probe_client
 from vllm_router.runtime.probe import Probe
 
 PAGE = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} 0\n'
@@ -70,7 +70,7 @@ async def settled_fleet(
 ) -> AsyncIterator[Rig]:
     """All servers have been up for some intervals."""
     rig, pace = Rig(rate, **settings), ProbePace()
-    monkeypatch.setattr(probe_module, "control_transport", rig.transport)
+    monkeypatch.setattr(probe_client, "control_transport", rig.transport)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def ignore(*_: object) -> None:

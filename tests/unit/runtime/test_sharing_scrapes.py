@@ -21,6 +21,7 @@ from vllm_router.fleet.state import State
 from vllm_router.routing.sharing.messages import About, Batch, Figures, encode
 from vllm_router.routing.sharing.scrapes import LATER, STALE_INTERVALS
 from vllm_router.runtime import probe as probe_module
+from vllm_router.runtime import probe_client
 from vllm_router.runtime.sharing.router_share import share_alone
 from vllm_router.runtime.sharing.task import PERIOD
 from vllm_router.runtime.supervisor import Supervisor
@@ -170,7 +171,7 @@ class Fleet:
 async def fleet(monkeypatch: pytest.MonkeyPatch, count: int = 3) -> AsyncIterator[Fleet]:
     """Routers that have heard of each other."""
     engines = Engines()
-    monkeypatch.setattr(probe_module, "control_transport", engines.transport)
+    monkeypatch.setattr(probe_client, "control_transport", engines.transport)
     async with trio.open_nursery() as nursery:
         made = Fleet(Bus(), engines, nursery)
         for _ in range(count):
