@@ -1,4 +1,7 @@
-"""Responses of the control plane: JSON, and errors in OpenAI's format with the router's marks."""
+"""Requests and responses of the control plane.
+
+Responses are JSON, or errors in OpenAI's format with the router's marks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from vllm_router.errors import Refused
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.routing.paths import inference_methods
+from vllm_router.web.access import check_admin
+from vllm_router.web.guard import MAY_READ, identity_of
 from vllm_router.web.openapi import document
+from vllm_router.web.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +77,14 @@ def fields() -> dict[str, str]:
     return found
 
 
-def client() -> str | None:
-    """The address of the client."""
-    peer = scope().get("client")
-    return str(peer[0]) if peer else None
+def may_read() -> bool:
+    """True if a public path may include data for authorized clients."""
+    return bool(scope().get(MAY_READ, True))
+
+
+def check_administrator(router: Router) -> None:
+    """Raise Refused unless the guard has found an administrator."""
+    check_admin(identity_of(scope()), has_admin_key=router.guard.keyring.has_admin)
 
 
 async def body() -> bytes:

@@ -1,4 +1,7 @@
-"""The control plane as a Quart application: all paths except inference."""
+"""The control plane as a Quart application: all paths except inference.
+
+Here are the paths that answer with JSON; `dashboard` and `feed_socket` add the page and its feed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import msgspec
-import trio
-from quart import Response, request, websocket
+from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.routing import BaseConverter
 
@@ -20,19 +22,17 @@ from vllm_router.observability.decisions import decision_row
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.observability.slices import each, in_turns, of_one_fleet
-from vllm_router.proxy.identity import FEED_PROTOCOL
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.routing.paths import PathClass, classify
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.steps import Steps
 from vllm_router.web import admin, answers, status
-from vllm_router.web.access import check_admin
+from vllm_router.web.dashboard import add_dashboard
 from vllm_router.web.engine_control import control
 from vllm_router.web.explain import explain, facts_of, policy_of
-from vllm_router.web.feed import Feed
-from vllm_router.web.guard import FEED_PATH, MAY_READ, identity_of, visible
+from vllm_router.web.feed_socket import FeedRouter, add_feed
+from vllm_router.web.guard import identity_of, visible
 from vllm_router.web.openapi import document
-from vllm_router.web.pages import FOREVER, SECURITY_HEADERS, VERSION_FOLDER, Page, Pages
 from vllm_router.web.router import Router
 from vllm_router.web.sessions import CODE_SECONDS, SESSION_SECONDS
 
@@ -40,9 +40,6 @@ MAX_BODY = 1024 * 1024
 """Largest request body of the control plane in bytes."""
 
 BODY_TIMEOUT = 10.0
-FEED_STALL_TIMEOUT = 20.0
-"""Seconds for a client of the feed to take a message before it is disconnected."""
-
 SHOWN_DECISIONS = 100
 """Default of `limit` for decisions."""
 
@@ -53,11 +50,10 @@ ONLY_FAILED = {"0": False, "1": True, "false": False, "true": True}
 """Values of `failed` for decisions."""
 
 
-class Wired(Router, Protocol):
+class Wired(FeedRouter, Protocol):
     """A router with its recorders: the supervisor."""
 
     metrics: Metrics
-    feed: Feed
 
 
 class _SignIn(msgspec.Struct):
@@ -95,8 +91,8 @@ def make_app(router: Wired) -> App:
     app.after_request(_with_request_id)
     _openai(app, router)
     _observation(app, router)
-    _dashboard(app, router)
-    _feed(app, router)
+    add_dashboard(app, router)
+    add_feed(app, router)
     _administration(app, router)
     _engine_control(app, router)
     return cast("App", app)
@@ -152,11 +148,6 @@ def _cards(router: Wired) -> list[dict[str, Any]]:
 # -- observation ------------------------------------------------------------------------------
 
 
-def _may_read() -> bool:
-    """True if a public path may include data for authorized clients."""
-    return bool(answers.scope().get(MAY_READ, True))
-
-
 async def _of_fleet(router: Wired, page: Callable[[Router], Steps[Any]]) -> Response:
     """A JSON page that is made in slices."""
     return answers.json(await of_one_fleet(router.fleet, lambda: page(router)))
@@ -165,7 +156,7 @@ async def _of_fleet(router: Wired, page: Callable[[Router], Steps[Any]]) -> Resp
 def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/health")
     async def health() -> Response:
-        if not _may_read():
+        if not answers.may_read():
             return answers.json(status.health_in_short(router))
         return await _of_fleet(router, status.health)
 
@@ -188,7 +179,7 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/readyz")
     async def readyz() -> Response:
         ready, body = status.readiness(router)
-        if not _may_read():
+        if not answers.may_read():
             body.pop("servers", None)
         return answers.json(body, 200 if ready else 503)
 
@@ -244,139 +235,39 @@ def _choice_of_decisions() -> tuple[int, bool]:
     return int(limit[:MAX_DIGITS]), only_failed
 
 
-# -- the dashboard ----------------------------------------------------------------------------
-
-
-def _dashboard(app: QuartTrio, router: Wired) -> None:
-    pages = Pages()
-
-    @app.get("/")
-    async def root() -> Response:
-        page = pages.index() if "text/html" in answers.fields().get("accept", "") else None
-        if page is not None:
-            response = _page(page)
-        else:
-            running = "draining" if router.draining else "running"
-            named = {"version": __version__} if _may_read() else {}
-            response = answers.json({"service": "vLLM Router", **named, "status": running})
-        response.headers["vary"] = "accept, accept-encoding"
-        return response
-
-    @app.get("/static/<name:path>")
-    async def static(path: str) -> Response:
-        lasting = path.startswith(f"{pages.version}/")
-        # A page that was loaded before an update asks by the old version.
-        page = pages.get(VERSION_FOLDER.sub("", path))
-        if page is None:
-            raise Refused(404, "not_found", f"There is nothing at /static/{path}.")
-        return _page(page, lasting=lasting)
-
-
-def _page(page: Page, *, lasting: bool = False) -> Response:
-    """`lasting`: its address changes with its content, so that it may be kept for ever."""
-    fresh = page.etag in answers.fields().get("if-none-match", "")
-    packed = page.packed if _takes_gzip(answers.fields().get("accept-encoding", "")) else None
-    body = page.body if packed is None else packed
-    response = Response(
-        b"" if fresh else body, 304 if fresh else 200, content_type=page.content_type
-    )
-    response.headers.update(SECURITY_HEADERS)
-    response.headers["etag"] = page.etag
-    response.headers["cache-control"] = FOREVER if lasting else "no-cache"
-    response.headers["vary"] = "accept-encoding"
-    if packed is not None and not fresh:
-        response.headers["content-encoding"] = "gzip"
-    return response
-
-
-def _takes_gzip(accepted: str) -> bool:
-    """Whether `accept-encoding` names gzip, and not only to exclude it (RFC 9110, 12.5.3)."""
-    for coding in accepted.lower().split(","):
-        name, _, quality = coding.partition(";")
-        if name.strip() == "gzip":
-            return quality.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
-    return False
-
-
-# -- the feed ---------------------------------------------------------------------------------
-
-
-def _feed(app: QuartTrio, router: Wired) -> None:
-    @app.websocket(FEED_PATH)
-    async def load() -> None:
-        if FEED_PROTOCOL in websocket.requested_subprotocols:
-            await websocket.accept(subprotocol=FEED_PROTOCOL)
-        mailbox = await router.feed.subscribe(admin=_may_admin())
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_ignore_input)
-                while (text := await mailbox.get()) is not None:
-                    # Over HTTP/1.1 the kernel closes a stalled connection after the same time.
-                    with trio.fail_after(FEED_STALL_TIMEOUT):
-                        await websocket.send(text)
-                        missed = mailbox.take_missed()
-                        if missed:
-                            await websocket.send(router.feed.missed(missed))
-                await websocket.close(1001, "the router is shutting down")
-                nursery.cancel_scope.cancel(reason="feed closed")
-        except* trio.TooSlowError:
-            pass  # the client has disconnected without a close frame
-        finally:
-            router.feed.unsubscribe(mailbox)
-
-    def _may_admin() -> bool:
-        try:
-            _check_admin(router)
-        except Refused:
-            return False
-        return True
-
-
-async def _ignore_input() -> None:
-    """Read and discard messages: unread input would hide that the client has disconnected."""
-    while True:
-        await websocket.receive()
-
-
 # -- administration ---------------------------------------------------------------------------
-
-
-def _check_admin(router: Router) -> None:
-    """Raise Refused unless the guard has found an administrator."""
-    identity = identity_of(answers.scope())
-    check_admin(identity, has_admin_key=router.guard.keyring.has_admin)
 
 
 def _administration(app: QuartTrio, router: Wired) -> None:
     @app.get("/admin/servers")
     async def servers() -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return await _of_fleet(router, admin.servers_view)
 
     @app.post("/admin/servers/<name:server>/drain")
     async def drain(server: str) -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return answers.json(admin.drain(router, server, on=True))
 
     @app.post("/admin/servers/<name:server>/undrain")
     async def undrain(server: str) -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return answers.json(admin.drain(router, server, on=False))
 
     @app.get("/admin/keys")
     async def keys() -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         totals = router.metrics.key_totals()
         return answers.json(admin.keys_view(router.feed.key_usage.recent(totals)))
 
     @app.get("/admin/servers/<server:server>")
     async def one(server: str) -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return answers.json(admin.server_view(admin.find(router, server), router))
 
     @app.post("/admin/sign-in")
     async def new_code() -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return answers.json({"code": router.sessions.new_code(), "seconds": CODE_SECONDS})
 
     @app.post("/sign-in")
@@ -396,7 +287,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
 
     @app.post("/admin/reload")
     async def reload() -> Response:
-        _check_admin(router)
+        answers.check_administrator(router)
         return answers.json(await admin.reload(router))
 
 
@@ -413,7 +304,7 @@ def _engine_control(app: QuartTrio, router: Wired) -> None:
                 "engine_control_closed",
                 "Engine control is disabled: set allow_engine_control = true to enable it.",
             )
-        _check_admin(router)
+        answers.check_administrator(router)
         code, results = await control(
             router, method, path, scope["query_string"], answers.fields(), await answers.body()
         )
