@@ -103,11 +103,6 @@ class Discovery:
         for name, task in self._tasks.items():
             task.note_conflicts(problems.get(name, ()))
 
-    def look_again(self) -> None:
-        """Ask every source to look again now."""
-        for task in self._tasks.values():
-            task.again()
-
     async def run(self) -> None:
         """Run the sources until cancelled."""
         for task in self._tasks.values():

@@ -119,25 +119,9 @@ class Supervisor:
         self._parts = parts
         self._choose_recorded_fields(config)
         self.nudge = Nudge()
-        self.sources = FleetSources(
-            config,
-            self.fleet.answers,
-            lambda item: self.feed.event("source", item.text, item.code, item.values),
-            lambda: self.config,
-            self.prepare,
-            self.apply,
-        )
-        self.reloader = (
-            Reloader(
-                source,
-                self.sources.file_config,
-                self.sources.apply_file,
-                self.sources.prepare_file,
-            )
-            if source is not None
-            else None
-        )
         self.config = config
+        self.sources = self._make_sources()
+        self.reloader = self._make_reloader(source) if source is not None else None
         self.draining = False
         self._was_probed = False
         self.started_at = trio.current_time()
@@ -169,6 +153,22 @@ class Supervisor:
                 self.metrics.transition,
                 self.feed.transition,
             ]
+
+    # -- construction -------------------------------------------------------------------------
+
+    def _make_sources(self) -> FleetSources:
+        return FleetSources(
+            self.config,
+            self.fleet.answers,
+            lambda item: self.feed.event("source", item.text, item.code, item.values),
+            lambda: self.config,
+            self.prepare,
+            self.apply,
+        )
+
+    def _make_reloader(self, source: ConfigSource) -> Reloader:
+        sources = self.sources
+        return Reloader(source, sources.file_config, sources.apply_file, sources.prepare_file)
 
     def _recorders(self, parts: Parts, telemetry: Telemetry | None) -> list[Recorder]:
         recorders: list[Recorder] = (
