@@ -147,7 +147,7 @@ def test_outbox_key_use_is_total_with_recent_part():
     ]
 
 
-def test_outbox_interruption_is_told_with_the_batch_that_ends_it():
+def test_outbox_batch_after_an_interruption_has_its_length():
     outbox = Outbox("r")
     found = [outbox.batch(ABOUT, {}, {}, now).interrupted for now in (5.0, 6.0, 60.0, 60.2)]
     assert found == [0.0, 0.0, 54.0, 0.0]
