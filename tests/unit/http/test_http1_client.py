@@ -187,6 +187,9 @@ LENGTH = b"content-length: 5\r\n"
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\nhello\r\n",
         b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 110 Later\r\n" + LENGTH + b"\r\nhello" + ok(b"x"),
+        b"HTTP/1.1 199 Later\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+        + ok(b"x"),
         b"HTTP/1.1 200 OK\r\ncontent-le",
     ],
 )

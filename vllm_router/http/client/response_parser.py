@@ -120,7 +120,9 @@ class ResponseParser:
             self._cache.share_memo(head)
 
     def on_body(self, piece: bytes) -> None:
-        if not self.complete:
+        if self._head is None:
+            self._fault = "an interim response with a body"  # RFC 9110 15.2: it has none
+        elif not self.complete:
             self._parts.append(piece)
 
     def on_message_complete(self) -> None:
