@@ -625,6 +625,23 @@ def test_usage_scanner_ignores_null_and_broken_usage():
     assert usage_of({"prompt_tokens": -1}) is None
 
 
+def test_usage_scanner_deeply_nested_usage_is_no_usage():
+    scanner = UsageScanner()
+    scanner.feed(b'{"usage":{"prompt_tokens":' + b"[" * 9000)
+    assert scanner.usage is None
+
+
+@pytest.mark.parametrize("count", [-1, 10**9, 10**30])
+def test_read_whole_impossible_counts_are_no_usage(count):
+    said = {"prompt_tokens": count, "completion_tokens": 3}
+    body = {"choices": [{"text": "x", "finish_reason": "stop"}], "usage": said}
+    whole = read_whole(Api.COMPLETIONS, json.dumps(body).encode())
+    assert (whole.verdict, whole.usage) == (Verdict.PROVEN, None)
+    said = {"prompt_tokens": 3, "completion_tokens": count}
+    tail = data({"choices": [{"text": "x", "finish_reason": "stop"}], "usage": said})
+    assert read_ending(Api.COMPLETIONS, tail * 2 + END).usage == (3, None, None)
+
+
 _STRINGS = st.text('"\\[]{}x', max_size=4)
 
 
@@ -655,7 +672,11 @@ def test_json_balance_distinguishes_whole_from_half(value, size, draw):
 _TEXT = st.sampled_from(["", "x", None])
 _REASON = st.sampled_from([None, "stop", "length", "abort", ""])
 _USAGE = st.none() | st.fixed_dictionaries(
-    {}, optional={"prompt_tokens": st.integers(0, 3), "completion_tokens": st.integers(0, 2)}
+    {},
+    optional={
+        "prompt_tokens": st.sampled_from([0, 1, 3, -1, 10**9 - 1, 10**9, 10**30]),
+        "completion_tokens": st.sampled_from([0, 1, 2, -1, 10**9 - 1, 10**9, 10**30]),
+    },
 )
 _CHUNK = st.fixed_dictionaries(
     {

@@ -6,10 +6,15 @@ tests/unit/proxy/test_answers.py compares both.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from vllm_router.proxy.answers.signs import OPENS, PROVES, Signs
-from vllm_router.proxy.answers.usage import Usage
+from vllm_router.proxy.answers.usage import MOST_TOKENS, Usage
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=MOST_TOKENS)]
+"""A body with any other number is not decoded: the tables read it."""
 
 _NO_JSON = msgspec.Raw(b"")
 _NO_END = ("", "abort")
@@ -17,22 +22,22 @@ _END = b"\n\ndata: [DONE]\n\n"
 
 
 class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    cache_read_input_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
 
 
 class _ChatUsage(msgspec.Struct, gc=False):
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: _Count
+    completion_tokens: _Count
     prompt_tokens_details: _Details | None = None
 
 

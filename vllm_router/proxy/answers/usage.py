@@ -10,6 +10,9 @@ import msgspec
 _WINDOW = 1024
 """Bytes behind the key `usage` in which its counts stand (vLLM 0.32: 80 to 400)."""
 
+MOST_TOKENS = 10**9
+"""A count from here on is no count of tokens: one would distort the totals of a whole day."""
+
 _KEY = b'"usage"'
 _OBJECT = re.compile(rb'"usage"\s*:\s*(?=\{)')
 
@@ -39,7 +42,7 @@ def usage_of(usage: Any) -> Usage | None:
 def _count(fields: dict[str, Any], *names: str) -> int | None:
     for name in names:
         value = fields.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS:
             return value
     return None
 
@@ -70,7 +73,7 @@ class UsageScanner:
             # The object ends before the window does; what follows is not decoded.
             end = _end_of_object(self._found, start)
             return usage_of(msgspec.json.decode(self._found[start:end]))
-        except (msgspec.MsgspecError, UnicodeError):
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None
 
 
