@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import re
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_router.errors import InvalidBody
 from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
+from vllm_router.routing.prompt.form_header import boundary_and_charset
 from vllm_router.routing.prompt.forms import is_true
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.prompt.session import session_hint
@@ -57,10 +59,21 @@ def test_facts_stream_true_for_pydantic_is_true(stream):
 
 
 @pytest.mark.parametrize(
-    ("priority", "expected"), [(5, 5), ("-5", -5), (5.0, 5), ("x", 0), (5.5, 0), (True, 0), ([], 0)]
+    ("priority", "expected"),
+    [
+        *[(5, 5), ("-5", -5), (5.0, 5), ("x", 0), (5.5, 0), (True, 0), ([], 0)],
+        *[("+5", 5), (" 5 ", 5), ("+-5", 0), ("--5", 0), ("+", 0), ("1_0", 0), ("²", 0)],
+    ],
 )
 def test_facts_priority_is_read_like_pydantic_integer(priority, expected):
     assert of({"model": "m", "priority": priority}).priority == expected
+
+
+@pytest.mark.parametrize("priority", [10**18 + 1, 10**40, 1e300, "9" * 40])
+def test_facts_huge_priority_fits_a_word_of_64_bits(priority):
+    assert of({"model": "m", "priority": priority}).priority == 10**18
+    least = f"-{priority}" if isinstance(priority, str) else -priority
+    assert of({"model": "m", "priority": least}).priority == -(10**18)
 
 
 def test_facts_last_of_two_models_counts():
@@ -258,3 +271,25 @@ def test_facts_prompt_of_short_body_is_its_size():
     assert (facts.model, facts.session) == ("m", "session-1")
     facts = read_routing_info(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body))
     assert (facts.prompt.size, len(facts.prompt.block_hashes)) == (600, 2)
+
+
+def test_form_charset_that_nothing_knows_is_not_remembered(monkeypatch):
+    asked = []
+    monkeypatch.setattr(codecs, "lookup", asked.append)  # remembers unknown names for ever
+    for charset in (b"x-unknown", b"utf-16", b"", b"a" * 3000):
+        with pytest.raises(InvalidBody, match="charset"):
+            read_routing_info(AUDIO, FORM + b"; charset=" + charset, b"--xYz--")
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("charset", "expected"),
+    [
+        *[(name, "utf-8") for name in ("utf-8", "UTF8", "utf_8", " u8 ")],
+        *[(name, "iso8859-1") for name in ("latin-1", "ISO-8859-1", "l1", "iso_8859-1:1987")],
+        *[(name, "ascii") for name in ("ascii", "US-ASCII", "ansi_x3.4-1968")],
+    ],
+)
+def test_form_charset_is_found_by_all_of_its_names(charset, expected):
+    assert codecs.lookup(charset).name == expected
+    assert boundary_and_charset({"boundary": "x", "charset": charset}) == (b"x", expected)

@@ -145,8 +145,11 @@ def _integer(raw: msgspec.Raw) -> int | None:
     value = _value(raw)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-        return int(value)
+    if isinstance(value, str):
+        try:
+            return int(value) if "_" not in value else None
+        except ValueError:
+            return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

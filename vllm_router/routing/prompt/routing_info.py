@@ -111,6 +111,9 @@ SHORT = 1024
 """Bytes. The prompt of a shorter body is not read: 256 tokens are computed so fast that it does
 not matter where they are cached."""
 
+MOST_PRIORITY = 10**18
+"""The processes of a router tell each other priorities in words of 64 bits."""
+
 LONG = 1 << 15
 """Bytes of a body that may be worth a look at earlier ones."""
 
@@ -198,7 +201,7 @@ def routing_info_from(
         path in PURE_PATHS and not stored,
         session,
         prompt,
-        fields.priority or 0,
+        max(-MOST_PRIORITY, min(fields.priority, MOST_PRIORITY)) if fields.priority else 0,
         transfer,
         source,
         path == RESPONSES and fields.store is not False,
