@@ -210,8 +210,11 @@ async def test_http2_with_prior_knowledge_is_served(kind):
 
 @pytest.mark.parametrize(
     ("path", "method"),
-    [(b"/\xff", b"GET"), (b"/", b"G\xffT"), (None, b"CONNECT"), (b"", b"GET")],
-    ids=["path", "method", "connect", "empty"],
+    [
+        *[(b"/\xff", b"GET"), (b"/", b"G\xffT"), (None, b"CONNECT"), (b"", b"GET")],
+        *[(b"/?a HTTP/1.1", b"GET"), (b"/\x01", b"GET"), (b"/#a", b"GET"), (b"/", b"PO ST")],
+    ],
+    ids=["path", "method", "connect", "empty", "space", "control", "fragment", "two-words"],
 )
 async def test_http2_malformed_request_costs_at_most_its_connection(kind, path, method):
     async with running(kind) as on:
@@ -221,6 +224,15 @@ async def test_http2_malformed_request_costs_at_most_its_connection(kind, path, 
             assert (await peer.statuses(stream)).get(stream) in (b"reset", None)
         assert await still_serves(on.port)
         assert on.app.started == 1
+
+
+@pytest.mark.parametrize("field", [(b"x-a", b"1\x01"), (b"x-a", b"\x7f"), (b"x(a)", b"1")])
+async def test_http2_field_that_http1_cannot_carry_is_refused(kind, field):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        stream = peer.request(b"/", b"GET", field)
+        assert (await peer.statuses(stream)).get(stream) == b"reset"
+        assert on.app.started == 0
 
 
 async def test_http2_body_after_early_response_is_ignored(kind):

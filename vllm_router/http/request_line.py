@@ -11,7 +11,7 @@ from vllm_router.http.syntax import TOKEN, valid_host
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
 
 # Visible ASCII without `#`: a client never sends the fragment (RFC 9112 3.2).
-_TARGET = re.compile(rb"[!\"$-~]+")
+TARGET = re.compile(rb"[!\"$-~]+")
 
 
 def request_line(line: bytes) -> tuple[str, bytes, str]:
@@ -26,7 +26,7 @@ def request_line(line: bytes) -> tuple[str, bytes, str]:
         raise bad_request("malformed request line")
     if TOKEN.fullmatch(method) is None:
         raise bad_request("malformed method")
-    if _TARGET.fullmatch(target) is None:
+    if TARGET.fullmatch(target) is None:
         raise bad_request("malformed request target")
     return method.decode("ascii"), target, version[5:].decode("ascii")
 

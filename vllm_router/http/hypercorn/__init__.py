@@ -11,6 +11,10 @@ An exception in one connection ended the server: it is caught (tcp_server)
     | #225 | test_hypercorn_failing_application_is_logged_and_isolated
 HTTP/2 with a non-ASCII method or path, or CONNECT without a path, raised one: reset (h2)
     | #225 | test_http2_malformed_request_costs_at_most_its_connection
+HTTP/2 with a space or control character in its path, method or fields was accepted, and broke the
+HTTP/1.1 to a server: reset (h2)
+    | - | test_http2_field_that_http1_cannot_carry_is_refused
+        test_http2_malformed_request_costs_at_most_its_connection
 HTTP/2 DATA after the response raised one: dropped (h2_buffers)
     | #225 | test_http2_body_after_early_response_is_ignored
 Floods of HTTP/2 PRIORITY raised one: ignored (h2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +25,9 @@ from vllm_router.http.hypercorn.h2_buffers import StreamBuffers, Streams
 from vllm_router.http.hypercorn.h2_frames import FrameCutter
 from vllm_router.http.hypercorn.h11 import without_date
 from vllm_router.http.hypercorn.websocket import GuardedWebsocket
+from vllm_router.http.request_line import TARGET
 from vllm_router.http.server.limits import Limits
-from vllm_router.http.syntax import valid_host
+from vllm_router.http.syntax import TOKEN, valid_host
 
 MAX_RESETS = 100
 """Streams that one HTTP/2 connection may reset, plus one for every second of its age."""
@@ -35,8 +38,26 @@ HTTP2_BURST, HTTP2_FRAMES_PER_SECOND = 5000, 100.0
 UPDATES_PER_FRAME = 4
 """Additional window updates that the client may send per frame of a response."""
 
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
 DELAY_OF_GOAWAY = 0.2
 """Seconds between the last response on an HTTP/2 connection and its end, in a drain."""
+
+
+def _is_http1(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether a request head can be written as one of HTTP/1.1, which servers get.
+
+    h2 lets spaces, and all control characters but line ends and NUL, pass.
+    """
+    fields = dict(headers)
+    hosts = [fields[name] for name in (b":authority", b"host") if name in fields]
+    return (
+        TOKEN.fullmatch(fields.get(b":method", b"")) is not None
+        and TARGET.fullmatch(fields.get(b":path", b"")) is not None
+        and all(map(valid_host, hosts))
+        and all(TOKEN.fullmatch(name.removeprefix(b":")) for name in fields)
+        and _CONTROL.search(b"".join([value for _, value in headers])) is None
+    )
 
 
 class GuardedH2Protocol(H2Protocol):
@@ -210,11 +231,7 @@ class GuardedH2Protocol(H2Protocol):
         await self._close_stream(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
-        fields = dict(request.headers)
-        method, path = fields.get(b":method", b""), fields.get(b":path", b"")
-        known = method and path and method.isascii() and path.isascii()
-        hosts = [fields[name] for name in (b":authority", b"host") if name in fields]
-        if not known or not all(map(valid_host, hosts)):
+        if not _is_http1(request.headers):
             with contextlib.suppress(h2.exceptions.ProtocolError):
                 self.connection.reset_stream(request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
             return
