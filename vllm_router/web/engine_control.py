@@ -49,7 +49,7 @@ async def control(
     request = _Request(
         method,
         f"{path}?{rest}" if rest else path,
-        {name: headers[name] for name in PASSED_ON if name in headers},
+        {name: headers[name].encode("latin-1") for name in PASSED_ON if name in headers},
         body,
         router.config.settings.request_timeout,
         router.tls,
@@ -90,7 +90,7 @@ class _Request:
         self,
         method: str,
         target: str,
-        headers: dict[str, str],
+        headers: dict[str, bytes],
         body: bytes,
         timeout: float,
         tls: ServerContexts,
@@ -114,13 +114,15 @@ class _Request:
                 result["error"] = f"its answer cannot be used: {problem}"
         results[server.name] = result
 
-    async def _ask(self, server: Server, headers: dict[str, str]) -> dict[str, Any]:
+    async def _ask(self, server: Server, headers: dict[str, bytes]) -> dict[str, Any]:
         transport = control_transport(server.url, self._tls.of(server.config), self._resolver)
         async with control_client(
             server.url, server.config.api_key, None, self._tls.of(server.config), transport
         ) as client:
+            # As bytes: httpx encodes texts as ASCII alone.
+            fields = {name.encode(): value for name, value in headers.items()}
             request = client.build_request(
-                self._method, self._target, headers=headers, content=self._body
+                self._method, self._target, headers=fields, content=self._body
             )
             answer = await transport.handle_async_request(request)
             try:

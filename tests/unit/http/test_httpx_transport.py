@@ -70,6 +70,14 @@ async def test_httpx_transport_refusal_has_status_and_body(autojump_clock):
         assert (response.status_code, response.is_success, response.text) == (404, False, "no")
 
 
+async def test_httpx_transport_head_request_waits_for_no_body(autojump_clock):
+    announced = b"HTTP/1.1 405 Method Not Allowed\r\ncontent-length: 31\r\n\r\n"
+    async with asking(answering(announced)) as (client, _):
+        with trio.fail_after(10):
+            response = await client.head("/is_sleeping")
+        assert (response.status_code, response.content) == (405, b"")
+
+
 async def test_httpx_transport_sends_request_body(autojump_clock):
     async with asking(answering(ok(b"{}"))) as (client, server):
         await client.post("/sleep", json={"level": 1})

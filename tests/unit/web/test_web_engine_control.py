@@ -79,6 +79,15 @@ async def test_engine_control_asks_every_server_and_reports_all():
         assert request.endswith(b'{"x": 1}')
 
 
+async def test_engine_control_passes_on_fields_beyond_ascii():
+    engine = Engine(200, b"")
+    async with engines(engine) as lab:
+        reply = await lab.post("/sleep", headers={"accept": "text/é", "content-type": "a/é"})
+    assert reply.status == 200
+    assert "\r\naccept: text/é\r\n" in engine.requests[0].decode().lower()
+    assert "\r\ncontent-type: a/é\r\n" in engine.requests[0].decode().lower()
+
+
 async def test_engine_control_one_failure_is_502_with_all_answers():
     async with engines(Engine(200, b"fine"), Engine(500, b"broken")) as lab:
         reply = await lab.get("/is_sleeping")

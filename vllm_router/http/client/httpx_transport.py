@@ -44,6 +44,9 @@ class HttpxTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(str(error), request=request) from error
         except ConnectionLost as error:
             raise _httpx_error(error, request) from error
+        if request.method == "HEAD":
+            connection.close()  # its parser waits for the body that the head announces
+            return httpx.Response(head.status, headers=head.headers)
         stream = _Body(connection, self._pool, request)
         return httpx.Response(head.status, headers=head.headers, stream=stream)
 
