@@ -57,8 +57,12 @@ MAX_NUMBER = 40
 # No backtracking: a hostile line costs no more than its length.
 _BLOCKS = re.compile(r'(?:^|[,{ ])num_gpu_blocks="([0-9]{1,15})"')
 _MAX_LORA = re.compile(r'(?:^|[,{ ])max_lora="([0-9]{1,6})"')
-_LORA_NAMES = re.compile(r'(?:^|[,{ ])(?:running|waiting)_lora_adapters="([^"\\]*)"')
+_RUNNING_LORAS = re.compile(r'(?:^|[,{ ])running_lora_adapters="([^"\\]*)"')
+_WAITING_LORAS = re.compile(r'(?:^|[,{ ])waiting_lora_adapters="([^"\\]*)"')
 MAX_ADAPTERS = 256
+LONGEST_ADAPTER = 256
+"""Characters of an adapter's name; longer ones are not known to other routers."""
+
 _BLOCK_SIZE = re.compile(r'(?:^|[,{ ])block_size="([0-9]{1,15})"')
 
 
@@ -68,7 +72,7 @@ class EngineMetrics:
 
     Counters are totals since the server's start, `kv_usage` is from 0 to 1, `kv_tokens` is the
     capacity of the KV cache in tokens. `max_adapters` is the number of LoRA adapters that fit into
-    GPU memory, `adapters` have requests that run or wait.
+    GPU memory, `adapters` have running requests, `waiting_adapters` waiting ones.
     """
 
     running: float | None = None
@@ -86,6 +90,7 @@ class EngineMetrics:
     kv_tokens: int | None = None
     max_adapters: int | None = None
     adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
 
     @property
     def has_load(self) -> bool:
@@ -163,13 +168,14 @@ class MetricsReader:
         totals = {field: total for field, total in self._totals.items() if total < TOO_LARGE}
         if "kv_usage" in totals:
             totals["kv_usage"] = min(1.0, totals["kv_usage"] / self._counts["kv_usage"])
-        slots, adapters = _adapters(self._adapters[1])
+        labels = self._adapters[1]
         return EngineMetrics(
             **totals,
             asleep=self._awake == 0.0,
             kv_tokens=self._kv_tokens or None,
-            max_adapters=slots,
-            adapters=adapters,
+            max_adapters=_max_adapters(labels),
+            adapters=_adapters(_RUNNING_LORAS, labels),
+            waiting_adapters=_adapters(_WAITING_LORAS, labels),
         )
 
     def _read(self, lines: str) -> None:
@@ -206,12 +212,17 @@ class MetricsReader:
         self._counts[field] = self._counts.get(field, 0) + 1
 
 
-def _adapters(labels: str) -> tuple[int | None, tuple[str, ...]]:
-    """The slots and the adapters in the labels of `vllm:lora_requests_info`."""
+def _max_adapters(labels: str) -> int | None:
+    """The slots in the labels of `vllm:lora_requests_info`."""
     slots = _MAX_LORA.search(labels)
-    names = [name for found in _LORA_NAMES.findall(labels) for name in found.split(",") if name]
-    count = int(slots[1]) if slots is not None else 0
-    return count or None, tuple(dict.fromkeys(names))[:MAX_ADAPTERS]
+    return (int(slots[1]) if slots is not None else 0) or None
+
+
+def _adapters(names: re.Pattern[str], labels: str) -> tuple[str, ...]:
+    """The adapters in a label of `vllm:lora_requests_info`."""
+    listed = ",".join(names.findall(labels)).split(",")
+    found = [name for name in listed if 0 < len(name) <= LONGEST_ADAPTER]
+    return tuple(dict.fromkeys(found))[:MAX_ADAPTERS]
 
 
 def _figure(number: str) -> float | None:

@@ -7,7 +7,9 @@ one waits until it is loaded, and until no running request needs the one that it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from vllm_router.fleet.engine_metrics import MAX_ADAPTERS
 
 UNKNOWN_SLOTS = 4
 """Adapters that a server keeps if it does not say. vLLM's default is 1, but it says so."""
@@ -78,7 +80,7 @@ class AdapterServers:
         """The bit of the server that keeps the adapter."""
         pool = loaded & ~self._awaited or loaded
         holders = self._holders[adapter].items()
-        return max([(one.running[adapter], bit) for bit, one in holders if bit & pool])[1]
+        return max([(one.requests(adapter), bit) for bit, one in holders if bit & pool])[1]
 
 
 class LoadedAdapters:
@@ -88,8 +90,8 @@ class LoadedAdapters:
     """
 
     __slots__ = (
-        "_reported", "_servers", "_slots", "_waiting", "bit", "is_awaited", "is_full",
-        "running",
+        "_elsewhere", "_reported", "_servers", "_slots", "_stuck", "_waiting", "bit", "is_awaited",
+        "is_full", "running",
     )  # fmt: skip
 
     def __init__(self, bit: int = 1, servers: AdapterServers | None = None) -> None:
@@ -102,7 +104,11 @@ class LoadedAdapters:
         self._servers = AdapterServers() if servers is None else servers
         self._slots = UNKNOWN_SLOTS
         self._reported: set[str] = set()
-        """Adapters with requests, other routers' too, by the last scrape."""
+        """Adapters with running requests, other routers' too, by the last scrape."""
+        self._stuck: set[str] = set()
+        """Adapters with requests of which none runs, by the last scrape."""
+        self._elsewhere: Mapping[str, int] = {}
+        """Requests of other processes by adapter, as far as they have announced them."""
         self._waiting: dict[str, int] = {}
         """Our requests for adapters that wait for a slot, in their order."""
 
@@ -119,13 +125,41 @@ class LoadedAdapters:
             self._slots = count
             self._count()
 
-    def report(self, names: Collection[str]) -> None:
-        """The server says that these adapters have requests that run or wait."""
-        self._reported = set(names)
-        for name in names:
-            if name not in self._waiting:
-                self._load(name, 0)
+    @property
+    def own(self) -> dict[str, int]:
+        """Our running requests by adapter."""
+        return {name: count for name, count in self.running.items() if count}
+
+    def requests(self, name: str) -> int:
+        """Running requests of all processes for a loaded adapter."""
+        return self.running[name] + self._elsewhere.get(name, 0)
+
+    def report(self, running: Collection[str], waiting: Collection[str] = ()) -> None:
+        """The server says which adapters have requests that run, and which ones that wait.
+
+        It knows better than we do which adapter got a slot.
+        """
+        self._reported = set(running)
+        self._stuck = set(waiting) - self._reported
+        for name in self._stuck & self.running.keys():
+            count = self.running.pop(name)
+            self._servers.remove(name, self)
+            if count:
+                self._waiting[name] = count
+        for name in running:
+            self._load(name, self._waiting.pop(name, 0))
         self._count()
+
+    def set_elsewhere(self, requests: Mapping[str, int]) -> None:
+        """Replace the requests of other processes."""
+        if requests != self._elsewhere:
+            # Until the next scrape names them again.
+            self._reported -= self._elsewhere.keys() - requests.keys() - self.own.keys()
+            self._elsewhere = requests
+            for name in requests:
+                if name not in self._waiting and name not in self._stuck:
+                    self._load(name, 0)
+            self._count()
 
     def begin(self, name: str) -> bool:
         """A request for this adapter was sent to the server. Returns False if it waits there."""
@@ -153,6 +187,7 @@ class LoadedAdapters:
             if self._waiting[name]:
                 return
             del self._waiting[name]
+            self._stuck.discard(name)
         self._count()
 
     def clear(self) -> None:
@@ -162,6 +197,7 @@ class LoadedAdapters:
         self.running.clear()
         self._waiting.clear()
         self._reported.clear()
+        self._stuck.clear()
         self._count()
 
     def leave(self) -> None:
@@ -172,14 +208,17 @@ class LoadedAdapters:
     def _count(self) -> None:
         """Slots or requests have changed: requests that waited may run."""
         needed = {name for name, count in self.running.items() if count} | self._reported
+        if self._elsewhere:
+            needed |= self._elsewhere.keys() - self._stuck
         while self._waiting:
             name = next(iter(self._waiting))
             if len(needed - {name}) >= self._slots:
                 break
             self._load(name, self._waiting.pop(name))
+            self._stuck.discard(name)
             needed.add(name)
         is_full = len(needed) >= self._slots
-        is_awaited = bool(self._waiting) or len(needed) > self._slots
+        is_awaited = bool(self._waiting) or len(needed | self._stuck) > self._slots
         if is_full is not self.is_full or is_awaited is not self.is_awaited:
             self.is_full, self.is_awaited = is_full, is_awaited
             self._servers.count(self)
@@ -195,7 +234,8 @@ class LoadedAdapters:
         surplus = len(running) - self._slots
         if surplus > 0:
             idle = [one for one, count in running.items() if not count]
-            idle.sort(key=self._reported.__contains__)  # the ones without any requests first
+            needed = self._reported | self._elsewhere.keys()
+            idle.sort(key=needed.__contains__)  # the ones without any requests first
             for one in idle[:surplus]:
                 del running[one]
                 self._servers.remove(one, self)
@@ -243,6 +283,15 @@ class SwapCost:
         measured = max(0.0, self._swapped - self._loaded) / self._per_token
         share = self._seen / (self._seen + PRIOR_WEIGHT)
         return min(max(self.prior + share * (measured - self.prior), MIN_COST), MAX_COST)
+
+
+def summed_requests(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """The sum of two counts of requests by adapter; of at most MAX_ADAPTERS."""
+    total = dict(one)
+    for name, count in other.items():
+        if name in total or len(total) < MAX_ADAPTERS:
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def with_adapters(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from vllm_router.routing.adapters import summed_requests
 from vllm_router.routing.policies import POLICIES, Policy, PolicySettings
 from vllm_router.routing.policies.base import Placements
 from vllm_router.routing.server_estimate import PrefixStatistics
@@ -115,6 +116,17 @@ class PolicySet:
         for policy in self._policies.values():
             for server, tokens in policy.queued_tokens().items():
                 total[server] = total.get(server, 0.0) + tokens
+        return total
+
+    def adapters_elsewhere(self, server: Server, requests: Mapping[str, int]) -> None:
+        for policy in self._policies.values():
+            policy.adapters_elsewhere(server, requests)
+
+    def adapter_requests(self) -> dict[Server, dict[str, int]]:
+        total: dict[Server, dict[str, int]] = {}
+        for policy in self._policies.values():
+            for server, requests in policy.adapter_requests().items():
+                total[server] = summed_requests(total.get(server, {}), requests)
         return total
 
     # -- for operators ------------------------------------------------------------------------

@@ -76,6 +76,14 @@ def test_metrics_page_new_family_is_read_at_once():
     assert read(pages, LOADED).adapters == ()
 
 
+def test_metrics_page_running_and_waiting_adapters_are_separate():
+    page = ADAPTERS.replace(
+        b'waiting_lora_adapters=""', b'waiting_lora_adapters="b,c,%b"' % (b"x" * 300)
+    )
+    read_page = read(MetricsPage(), LOADED + page)
+    assert (read_page.adapters, read_page.waiting_adapters) == (("a", "b"), ("b", "c"))
+
+
 def test_metrics_page_small_new_sample_is_read_with_the_next_whole_page():
     pages = MetricsPage()
     before = read(pages, LOADED)

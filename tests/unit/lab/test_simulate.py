@@ -226,10 +226,11 @@ def test_simulated_request_without_adapter_slot_is_skipped_until_one_is_free():
     for one in (running, skipped, base):
         engine.submit(one, 0.0)
     metrics = engine.metrics()
-    assert (metrics.max_adapters, metrics.adapters) == (1, ("adapter-1", "adapter-2"))
+    assert (metrics.max_adapters, metrics.adapters) == (1, ("adapter-1",))
+    assert metrics.waiting_adapters == ("adapter-2",)
     firsts, lasts = run_engine(engine)
     assert firsts[base] < lasts[running] < firsts[skipped]
-    assert engine.metrics().adapters == ()
+    assert engine.metrics().adapters == engine.metrics().waiting_adapters == ()
 
 
 # -- the simulated fleet -----------------------------------------------------------------------

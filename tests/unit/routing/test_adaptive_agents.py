@@ -172,23 +172,84 @@ def test_adapters_that_the_server_reports_need_their_slots():
     loaded.end("lora-a")  # reported, but it was ours
     assert held(loaded) == [False, True, True, False, False]
     assert not loaded.is_awaited
-    loaded.report(["lora-c", "lora-d", "lora-e"])
-    assert loaded.is_awaited  # one of these waits
+    loaded.report(["lora-c", "lora-d"], ["lora-e"])
+    assert loaded.is_awaited
     loaded.report([])
     loaded.end("lora-c")
     assert not loaded.is_full
 
 
-def test_adapter_that_the_server_reports_while_it_waits_is_admitted_by_the_next_scrape():
+def test_adapter_that_the_server_runs_did_not_wait():
+    """Another one's requests have ended earlier than we know."""
     loaded = LoadedAdapters()
     loaded.slots = 1
     loaded.report(["lora-a"])
     assert not loaded.begin("lora-b")
-    loaded.report(["lora-a", "lora-b"])
-    assert held(loaded)[:2] == [True, False]
     loaded.report(["lora-b"])
     assert held(loaded)[:2] == [False, True]
     assert loaded.running["lora-b"] == 1
+    assert not loaded.is_awaited
+
+
+def test_adapter_that_waits_by_the_server_is_not_loaded():
+    """Another router's requests got the slot."""
+    loaded = LoadedAdapters()
+    loaded.slots = 1
+    assert loaded.begin("lora-a")
+    loaded.report(["lora-b"], ["lora-a"])
+    assert held(loaded)[:2] == [False, True]
+    assert loaded.is_awaited
+    assert not loaded.begin("lora-a")
+    loaded.end("lora-a")
+    loaded.end("lora-a")
+    assert not loaded.is_awaited
+
+
+def test_adapter_that_waits_for_the_next_step_awaits_no_slot():
+    """Its request had just come; there is a slot."""
+    loaded = LoadedAdapters()
+    loaded.slots = 2
+    loaded.begin("lora-a")
+    loaded.begin("lora-b")
+    loaded.end("lora-b")
+    loaded.begin("lora-c")
+    loaded.report(["lora-a"], ["lora-a", "lora-c"])
+    assert held(loaded)[0:3:2] == [True, True]
+    assert not loaded.is_awaited
+
+
+def test_adapters_of_other_processes_need_their_slots():
+    loaded = LoadedAdapters()
+    loaded.slots = 2
+    loaded.begin("lora-a")
+    loaded.set_elsewhere({"lora-a": 2, "lora-b": 1})
+    assert held(loaded) == [True, True, False, False, False]
+    assert loaded.requests("lora-a") == 3
+    assert loaded.own == {"lora-a": 1}
+    assert loaded.is_full
+    assert not loaded.begin("lora-c")
+    loaded.report(["lora-a", "lora-b"], ["lora-c"])
+    loaded.set_elsewhere({"lora-a": 2})
+    assert held(loaded)[1:3] == [False, True]
+    loaded.set_elsewhere({"lora-a": 2, "lora-b": 1})
+    assert loaded.is_awaited  # by the other process both run, and there are two slots
+    loaded.set_elsewhere({})
+    loaded.end("lora-a")
+    assert not loaded.is_full
+
+
+def test_adapter_keeps_the_server_with_most_requests_of_all_processes():
+    index = AdapterServers()
+    one, other, third = (LoadedAdapters(1 << place, index) for place in range(3))
+    for server in (one, other, third):
+        server.slots = 1
+    for server in (one, one, other):
+        server.begin("lora-a")
+    third.begin("lora-b")
+    third.begin("lora-c")
+    assert index.slots_for("lora-a", 0b111) == (0b011, 0b110)
+    other.set_elsewhere({"lora-a": 5})
+    assert index.slots_for("lora-a", 0b111) == (0b011, 0b101)
 
 
 def test_adapter_goes_where_no_slot_is_needed_by_other_routers():

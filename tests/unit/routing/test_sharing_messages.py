@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.engine_metrics import LONGEST_ADAPTER, MAX_ADAPTERS, EngineMetrics
+from vllm_router.routing.adapters import summed_requests
 from vllm_router.routing.sharing import messages
 from vllm_router.routing.sharing.messages import (
     MAX_BYTES,
@@ -21,6 +22,7 @@ from vllm_router.routing.sharing.messages import (
     Figures,
     KeyUse,
     ServerLevel,
+    announced,
     decode,
     encode,
     pack_blocks,
@@ -67,8 +69,26 @@ def test_batch_of_newer_version_with_appended_field_is_read():
 
 
 def test_figures_of_newer_version_with_appended_field_are_read():
-    plain = {"http://a:1": [*FIGURES, ["x"], {"new": 1}, 5]}
-    assert decode(changed(figures=plain)).figures["http://a:1"].adapters == ("x",)
+    plain = {"http://a:1": [*FIGURES, ["x"], ["y"], {"new": 1}, 5]}
+    figures = decode(changed(figures=plain)).figures["http://a:1"]
+    assert (figures.adapters, figures.waiting_adapters) == (("x",), ("y",))
+
+
+def test_levels_of_versions_with_and_without_adapters_are_read():
+    plain = {"http://a:1": [7, 2], "http://b:1": [7, 2, {"lora-a": 3}, "new"]}
+    levels = decode(changed(servers=plain)).servers
+    assert levels["http://a:1"].adapters == {}
+    assert levels["http://b:1"].adapters == {"lora-a": 3}
+
+
+def test_adapters_are_announced_only_if_others_can_read_them():
+    many = {f"lora-{number}": 1 for number in range(MAX_ADAPTERS)}
+    found = announced({"x" * (LONGEST_ADAPTER + 1): 1, **many, "more": 1})
+    assert found == many
+    batch = Batch("r", 1, ABOUT, {"http://a:1": ServerLevel(0, 0, found)})
+    assert decode(encode(batch)) == batch
+    total = summed_requests(many, {"lora-0": 2, "other": 1})
+    assert total == {**many, "lora-0": 3}
 
 
 def test_figures_have_every_field_of_a_scrape():

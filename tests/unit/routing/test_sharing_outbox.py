@@ -116,11 +116,22 @@ def test_outbox_fullest_batch_can_be_decoded():
         outbox.ejected(f"http://server-{number}.example:8000")
         outbox.quarantined(number.to_bytes(16, "big"))
         outbox.owner((number.to_bytes(16, "big"), "http://server.example:8000", "team"))
-    levels = {f"http://server-{n}.example:8000": ServerLevel(1e6, 5) for n in range(1000)}
+    names = {f"{number:0>10}": 5 for number in range(256)}
+    levels = {f"http://server-{n}.example:8000": ServerLevel(1e6, 5, names) for n in range(1000)}
     keys = {f"team-{n}": (10**6, 10) for n in range(1000)}
     data = encode(outbox.batch(ABOUT, levels, keys, 0.0))
     assert len(data) <= MAX_BYTES
     assert len(decode(data).servers) == 1000
+
+
+def test_outbox_adapters_of_many_servers_fit_into_a_batch():
+    """Of the others routers know what the servers' metrics say."""
+    names = {f"{number:0>100}": 1 for number in range(10)}
+    levels = {f"http://s{number}.test:1": ServerLevel(5, 1, names) for number in range(1000)}
+    batch = decode(encode(Outbox("r").batch(ABOUT, levels, {}, 0.0)))
+    assert {(level.queued, level.in_flight) for level in batch.servers.values()} == {(5, 1)}
+    sent = [level.adapters for level in batch.servers.values() if level.adapters]
+    assert sent == [names] * 32
 
 
 def test_outbox_remembers_bounded_number_of_conversations(monkeypatch):

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from support.fleet_makers import make_fleet
+from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.routing.owners import Entry
 from vllm_router.routing.policies import PolicySettings
@@ -182,6 +183,34 @@ def test_peers_queued_tokens_of_others_are_not_announced_as_own():
     assert one.batch().servers == {}
     assert one.queued("a") == 700
     other.peers.settle(0.0)
+
+
+def test_peers_adapters_of_other_routers_need_slots_until_they_are_silent():
+    """So two routers agree which server has no slot for an adapter."""
+    one, other = Router("r1"), Router("r2")
+    cards = {"m": {"id": "m"}} | {name: {"id": name, "parent": "m"} for name in ("x", "y", "z")}
+    for router in (one, other):
+        for server in router.fleet.servers.values():
+            server.listed(cards, 0.0)
+            server.scraped(EngineMetrics(running=0.0, max_adapters=1), 0.0, 0)
+        router.pick(RoutingInfo("m"))
+    leases = [one.send(RoutingInfo(name), place) for name, place in (("x", "a"), ("y", "b"))]
+    announced = one.policies.adapter_requests()
+    assert {server.name: named for server, named in announced.items()} == {
+        "a": {"x": 1},
+        "b": {"y": 1},
+    }
+    levels = {server.url: ServerLevel(0, 1, named) for server, named in announced.items()}
+    other.peers.hear(batch(servers=levels), 10.0)
+    other.peers.settle(10.0)
+    assert other.policies.adapter_requests() == {}  # they are not its own
+    assert {other.pick(RoutingInfo("z"), 10.0) for _ in range(30)} == {"c"}
+    assert {other.pick(RoutingInfo("x"), 10.0) for _ in range(30)} == {"a"}
+    other.peers.settle(10.1 + GONE_AFTER)
+    assert {other.pick(RoutingInfo("z"), 10.0) for _ in range(60)} == {"a", "b", "c"}
+    for lease in leases:
+        one.policies.default.ended(lease, 11.0, failed=False)
+    assert one.policies.adapter_requests() == {}
 
 
 def test_peers_levels_of_several_routers_are_summed():

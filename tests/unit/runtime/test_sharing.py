@@ -139,6 +139,27 @@ async def test_sharing_prompt_of_one_router_is_found_by_the_others(autojump_cloc
         assert [router.picks() for router in others] == [{"b"}, {"b"}]
 
 
+async def test_sharing_adapters_of_one_router_need_slots_in_the_others(autojump_clock: MockClock):
+    async with fleet(Bus()) as (one, other):
+        now = trio.current_time()
+        for router in (one, other):
+            cards = {
+                name: {"id": name, "parent": name[1:] and "m"} for name in ("m", "ad-1", "ad-2")
+            }
+            router.server("b").listed(cards, now)
+        lease = one.server("b").lease(now)
+        policy = one.context.policies.default
+        policy.leased(lease, None, RoutingInfo("ad-1"), now)
+        await trio.sleep(3 * PERIOD)
+        policies = other.context.policies
+        adapters = policies.default._estimate(other.server("b")).adapters
+        assert adapters.requests("ad-1") == 1
+        assert policies.adapter_requests() == {}
+        policy.ended(lease, trio.current_time(), failed=False)
+        await trio.sleep(3 * PERIOD)
+        assert adapters.requests("ad-1") == 0
+
+
 async def test_sharing_router_that_starts_reads_the_last_minutes(autojump_clock: MockClock):
     bus = Bus()
     async with fleet(bus, 2) as (one, _):

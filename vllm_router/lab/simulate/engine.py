@@ -98,14 +98,9 @@ class Engine:
             first_token_count=float(self.first_count),
             kv_tokens=self.hardware.kv_tokens,
             max_adapters=self.hardware.adapter_slots,
-            adapters=self._named_adapters(),
+            adapters=_named({one for one, count in self.adapters.loaded.items() if count}),
+            waiting_adapters=_named({job.adapter for job in self.waiting}),
         )
-
-    def _named_adapters(self) -> tuple[str, ...]:
-        """The adapters with requests that run or wait, as `vllm:lora_requests_info` names them."""
-        numbers = {one for one, running in self.adapters.loaded.items() if running}
-        numbers.update(job.adapter for job in self.waiting if job.adapter)
-        return tuple(map(adapter_name, sorted(numbers)))
 
     def submit(self, job: Job, now: float) -> bool:
         """Queue a job. True if that has started a step: its end is to be waited for."""
@@ -345,3 +340,8 @@ class Engine:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.latency_sum = self.first_sum = 0.0
         self.latency_count = self.first_count = 0
+
+
+def _named(adapters: set[int]) -> tuple[str, ...]:
+    """The names of the adapters; 0 is the base model."""
+    return tuple(map(adapter_name, sorted(adapters - {0})))

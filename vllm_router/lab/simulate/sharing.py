@@ -41,8 +41,12 @@ class Sharing:
         """The batch of one router reaches all others."""
         levels = {}
         if self._queued:
-            tokens = self._routers[number].policy.queued_tokens()
-            levels = {server.url: ServerLevel(queued, 0) for server, queued in tokens.items()}
+            policy = self._routers[number].policy
+            tokens, adapters = policy.queued_tokens(), policy.adapter_requests()
+            levels = {
+                server.url: ServerLevel(tokens.get(server, 0), 0, dict(adapters.get(server, {})))
+                for server in {**tokens, **adapters}
+            }
         batch = self._outboxes[number].batch(_ABOUT, levels, {}, now)
         for peers in self._peers:
             peers.hear(batch, now)

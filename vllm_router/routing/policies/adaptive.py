@@ -453,6 +453,16 @@ class Adaptive(Policy):
     def queued_elsewhere(self, server: Server, tokens: float) -> None:
         self._estimate(server).set_queued_elsewhere(tokens)
 
+    def adapter_requests(self) -> Mapping[Server, Mapping[str, int]]:
+        return {
+            server: own
+            for server, estimate in self._estimates.items()
+            if (own := estimate.adapters.own)
+        }
+
+    def adapters_elsewhere(self, server: Server, requests: Mapping[str, int]) -> None:
+        self._estimate(server).adapters.set_elsewhere(requests)
+
     # -- for operators ----------------------------------------------------------------------------
 
     def statistics(self, server: Server) -> PrefixStatistics | None:

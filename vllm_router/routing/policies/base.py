@@ -179,6 +179,13 @@ class Policy:
     def queued_elsewhere(self, server: Server, tokens: float) -> None:
         """Uncached prompt tokens of other processes that wait on this server now."""
 
+    def adapter_requests(self) -> Mapping[Server, Mapping[str, int]]:
+        """Running requests of this process by LoRA adapter, where there are any."""
+        return {}
+
+    def adapters_elsewhere(self, server: Server, requests: Mapping[str, int]) -> None:
+        """Running requests of other processes by LoRA adapter on this server now."""
+
     # -- for operators ------------------------------------------------------------------------
 
     def statistics(self, server: Server) -> PrefixStatistics | None:

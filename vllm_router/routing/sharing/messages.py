@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.engine_metrics import LONGEST_ADAPTER, MAX_ADAPTERS, EngineMetrics
 
 VERSION = 1
 """Version of the format. New fields are appended and need no new version."""
@@ -31,9 +32,6 @@ MAX_ITEMS = 4096
 
 MAX_FIGURES = 256
 """Servers with figures in a batch: applying them takes 3 ms."""
-
-MAX_ADAPTERS = 256
-"""LoRA adapters in the figures of a server."""
 
 _LARGEST = 1e15
 _MAX_INT = 2**62
@@ -77,10 +75,12 @@ class ServerLevel(msgspec.Struct, frozen=True, array_like=True):
 
     queued: uncached prompt tokens that wait for a first token.
     in_flight: requests.
+    adapters: running requests by LoRA adapter.
     """
 
     queued: Level
     in_flight: Count
+    adapters: Annotated[dict[Name, Count], Meta(max_length=MAX_ADAPTERS)] = {}
 
 
 class KeyUse(msgspec.Struct, frozen=True, array_like=True):
@@ -124,6 +124,7 @@ class Figures(msgspec.Struct, frozen=True, array_like=True):
     kv_tokens: Count | None = None
     max_adapters: Count | None = None
     adapters: Annotated[tuple[Name, ...], Meta(max_length=MAX_ADAPTERS)] = ()
+    waiting_adapters: Annotated[tuple[Name, ...], Meta(max_length=MAX_ADAPTERS)] = ()
 
     def metrics(self) -> EngineMetrics:
         """The same figures as of a scrape by this router."""
@@ -200,6 +201,12 @@ def checked(batch: Batch) -> Batch:
     if sum(lengths) > 16 * MAX_HASHES:
         raise BadBatch(f"more than {2 * MAX_HASHES} blocks")
     return batch
+
+
+def announced(adapters: Mapping[str, int]) -> dict[str, int]:
+    """The adapters that fit into a ServerLevel."""
+    short = {name: count for name, count in adapters.items() if len(name) <= LONGEST_ADAPTER}
+    return dict(islice(short.items(), MAX_ADAPTERS))
 
 
 def pack_blocks(hashes: Sequence[int]) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
+from vllm_router.routing.adapters import summed_requests
 from vllm_router.routing.owners import Entry
 from vllm_router.routing.sharing.messages import (
     MAX_HASHES,
@@ -38,6 +39,9 @@ MAX_WAITING_HASHES = 8 * MAX_HASHES
 OWNERS_PER_BATCH = 500
 QUARANTINED_PER_BATCH = 100
 MAX_WAITING = 16 * OWNERS_PER_BATCH
+
+ADAPTER_BYTES = 32 * 1024
+"""Bytes of adapters' names in a batch. Without them the others go by the servers' metrics."""
 
 CONTINUOUS = 2.0
 """Seconds between two batches beyond which sharing was interrupted."""
@@ -156,7 +160,7 @@ class Outbox:
             router=self.router,
             number=self._number,
             about=about,
-            servers=dict(islice(servers.items(), MAX_ITEMS)),
+            servers=_with_few_names(islice(servers.items(), MAX_ITEMS)),
             placed=placed,
             withdrawn=self._blocks(
                 self._withdrawn, MAX_HASHES - sum(len(blocks) // 8 for _, blocks in placed)
@@ -195,6 +199,18 @@ class Outbox:
         return changed
 
 
+def _with_few_names(levels: Iterable[tuple[str, ServerLevel]]) -> dict[str, ServerLevel]:
+    """The levels by URL, without the adapters of the last servers if there are too many."""
+    found, room = {}, ADAPTER_BYTES
+    for url, level in levels:
+        if level.adapters:
+            room -= sum(map(len, level.adapters))
+            if room < 0:
+                level = ServerLevel(level.queued, level.in_flight)
+        found[url] = level
+    return found
+
+
 def _taken(queue: deque[T], most: int) -> list[T]:
     return [queue.popleft() for _ in range(min(most, len(queue)))]
 
@@ -206,6 +222,10 @@ def summed_levels(levels: Iterable[Mapping[str, ServerLevel]]) -> dict[str, Serv
         for url, level in one.items():
             have = total.get(url)
             if have is not None:
-                level = ServerLevel(have.queued + level.queued, have.in_flight + level.in_flight)
+                level = ServerLevel(
+                    have.queued + level.queued,
+                    have.in_flight + level.in_flight,
+                    summed_requests(have.adapters, level.adapters),
+                )
             total[url] = level
     return total

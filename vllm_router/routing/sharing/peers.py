@@ -133,6 +133,7 @@ class Peers:
         self._effects = effects
         self._peers: dict[str, Peer] = {}
         self._queued: dict[str, float] = {}
+        self._adapters: dict[str, dict[str, int]] = {}
         self._running: dict[str, int] = {}
         self._hears_routers = False
 
@@ -255,6 +256,12 @@ class Peers:
                 if server is not None:
                     self._policies.queued_elsewhere(server, queued.get(url, 0.0))
         self._queued = queued
+        adapters = {url: level.adapters for url, level in levels.items() if level.adapters}
+        for url in {**adapters, **self._adapters} if adapters or self._adapters else ():
+            server = self._server_at(url)
+            if server is not None:
+                self._policies.adapters_elsewhere(server, adapters.get(url, {}))
+        self._adapters = adapters
         if self._effects is not None:
             self._settle_keys(self._effects, live)
 

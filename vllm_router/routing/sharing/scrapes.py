@@ -181,6 +181,7 @@ class SharedScrapes:
             server = next(iter(self._waiting))
             metrics, at = self._waiting[server]
             room -= BYTES_OF_FIGURES + len(server.url) + sum(map(len, metrics.adapters))
+            room -= sum(map(len, metrics.waiting_adapters))
             if found and room < 0:
                 break
             del self._waiting[server]
@@ -296,4 +297,5 @@ def _figures(server: Server, metrics: EngineMetrics, age: float) -> Figures:
         kv_tokens=metrics.kv_tokens,
         max_adapters=metrics.max_adapters,
         adapters=metrics.adapters,
+        waiting_adapters=metrics.waiting_adapters,
     )

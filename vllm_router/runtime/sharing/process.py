@@ -7,7 +7,7 @@ from secrets import token_hex
 import trio
 
 from vllm_router.proxy.context import ProxyContext
-from vllm_router.routing.sharing.messages import About, Batch, ServerLevel
+from vllm_router.routing.sharing.messages import About, Batch, ServerLevel, announced
 from vllm_router.routing.sharing.outbox import Outbox
 from vllm_router.routing.sharing.peers import Peers
 from vllm_router.runtime.sharing.effects import ProcessEffects
@@ -33,16 +33,22 @@ class ProcessShare:
         self.peers.settle(now)
         self.effects.settle_past()
 
-    def queued(self) -> dict[str, ServerLevel]:
-        """The prompt tokens of this process that wait on servers, by URL."""
-        queued = self._context.policies.queued_tokens()
-        return {server.url: ServerLevel(round(tokens), 0) for server, tokens in queued.items()}
+    def levels(self) -> dict[str, ServerLevel]:
+        """The uncached prompt tokens and the adapters' requests of this process, by URL."""
+        policies = self._context.policies
+        queued, adapters = policies.queued_tokens(), policies.adapter_requests()
+        return {
+            server.url: ServerLevel(
+                round(queued.get(server, 0.0)), 0, announced(adapters.get(server, {}))
+            )
+            for server in {**queued, **adapters}
+        }
 
     def due(self) -> Batch | None:
         """The batch of this period for the router's other processes; None if it would be empty."""
         now = trio.current_time()
         self.settle(now)
-        levels = self.queued()
+        levels = self.levels()
         if not (levels or self._had_levels or self.outbox.waiting):
             return None
         self._had_levels = bool(levels)

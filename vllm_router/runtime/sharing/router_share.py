@@ -16,7 +16,7 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.observability.router_state import RouterState
 from vllm_router.routing.sharing.messages import About, ServerLevel
-from vllm_router.routing.sharing.outbox import Outbox
+from vllm_router.routing.sharing.outbox import Outbox, summed_levels
 from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.runtime.sharing.effects import RouterEffects
 from vllm_router.runtime.sharing.process import ProcessShare
@@ -115,10 +115,7 @@ def share_through(
 
     def levels() -> dict[str, ServerLevel]:
         fleet.look()
-        queued = share.queued()
-        for url, level in share.peers.siblings(trio.current_time()).items():
-            own = queued.get(url)
-            queued[url] = ServerLevel(level.queued + (own.queued if own else 0.0), 0)
+        queued = summed_levels((share.levels(), share.peers.siblings(trio.current_time())))
         found = {
             server.url: ServerLevel(0.0, server.in_flight)
             for server in fleet.all_servers()
@@ -126,7 +123,7 @@ def share_through(
         }
         for url, level in queued.items():
             have = found.get(url)
-            found[url] = ServerLevel(level.queued, have.in_flight if have else 0)
+            found[url] = ServerLevel(level.queued, have.in_flight if have else 0, level.adapters)
         scrapes.look({url: level.in_flight for url, level in found.items()}, trio.current_time())
         return found
 
