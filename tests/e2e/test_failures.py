@@ -27,6 +27,10 @@ async def test_killed_one_of_three_fails_no_unstarted_response(tmp_path, front):
     ):
         async with Load(router.url, chat(max_tokens=30), 50) as load:
             await load.wait_for(100)
+            mocks[1].freeze()
+            await trio.to_thread.run_sync(
+                until, lambda: router.servers()[mocks[1].url]["in_flight"] > 0, "a request on it"
+            )
             mocks[1].kill()
             await trio.to_thread.run_sync(
                 until, lambda: router.state(mocks[1].url) in ("down", "ejected"), "the ejection"
@@ -236,7 +240,7 @@ async def test_client_disconnect_frees_server(tmp_path, front):
                 body = long_ | {"stream": number % 3 != 0}
                 nursery.start_soon(leave_after, 0.004 * number, body)
         until(lambda: sum(m.stats()["running"] for m in mocks) == 0, "the engines to be idle")
-        until(lambda: router.metric("vllm_router_in_flight") == 0, "nothing in flight")
+        until(lambda: router.metric("vllm_router_requests_in_flight") == 0, "nothing in flight")
         assert {server["in_flight"] for server in router.servers().values()} == {0}
         assert {server["state"] for server in router.servers().values()} == {"up"}
         assert router.metric("vllm_router_client_disconnects_total") >= 200

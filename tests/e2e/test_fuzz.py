@@ -134,5 +134,5 @@ def test_fuzz_malformed_requests_leak_nothing(tmp_path, front):
         targets = {entry["path"] for mock in mocks for entry in mock.log()}
         assert not [target for target in targets if "sleep" in target]
         until(lambda: router.descriptors() <= descriptors + 4, "the descriptors to be closed")
-        until(lambda: router.metric("vllm_router_in_flight") == 0, "nothing in flight")
+        until(lambda: router.metric("vllm_router_requests_in_flight") == 0, "nothing in flight")
         assert {server["state"] for server in router.servers().values()} == {"up"}

@@ -139,9 +139,15 @@ class RouterProcess:
         return self.servers()[url]["state"]
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of a metric whose labels include these."""
+        """The sum of the samples of a metric whose labels include these, 0 if it has none.
+
+        Fails for a name that the page does not know: such a metric would be 0 for ever.
+        """
         total = 0.0
-        for line in self.get("/metrics").text.splitlines():
+        page = self.get("/metrics").text
+        family = re.sub(r"_(total|count|sum|bucket)$", "", name)
+        assert re.search(rf"^# TYPE {family}(_total)? ", page, re.MULTILINE), name
+        for line in page.splitlines():
             found = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
             if found and found[1] == name:
                 have = dict(re.findall(r'(\w+)="([^"]*)"', found[2] or ""))
