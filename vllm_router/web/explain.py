@@ -27,6 +27,9 @@ from vllm_router.web.reasons import reason_fields
 from vllm_router.web.router import Router
 from vllm_router.web.status import encoded
 
+RANKED_AT_ONCE = 200
+"""Candidates that are listed in one slice."""
+
 
 def explain(
     router: Router, facts: RoutingInfo, policy: Policy | None = None
@@ -34,8 +37,8 @@ def explain(
     """The decision for a request with these facts now. Takes no lease and changes no policy state.
 
     Candidates are in the order of preference, if the policy has one: `policy`, or the model's
-    policy. The decision, its scores and the figures of all servers are read before the first step,
-    so that they belong together; the steps make the rows of the page from them.
+    policy. All that scores follow from, and the figures of all servers, are read before the first
+    step, so that they belong together; the steps make the rows of the page from them.
     """
     now = trio.current_time()
     fleet, asked = router.fleet, facts.model
@@ -50,21 +53,36 @@ def explain(
     allowed = fleet.candidates(facts.model, now)
     if owner is not None:
         allowed = choose((owner,), None, now, ())
-    candidates = [server for server in allowed if not server.at_cap]
-    picked, ranked = _rank(policy, candidates, facts, now)
-    explained = [(_figures(one.server), one) for one in ranked]
-    chosen = set(candidates)
+    full = {server for server in allowed if server.at_cap}
+    candidates = [server for server in allowed if server not in full] if full else allowed
+    ranking = None
+    if candidates:
+        # As for a request: policies recognise the candidates by their identity, and measuring a
+        # thousand anew takes 3 ms, here and with the next request.
+        skips_full = full and policy.skips_full(allowed)
+        ranking = _rank(policy, allowed if skips_full else candidates, facts, now)
+        next(ranking)
+    figures, chosen = _Figures(fleet.all_servers()), set(candidates)
     out = [
-        (_figures(server), *_why_out(server, facts.model, now, owner))
-        for server in fleet.all_servers()
+        (server, _why_out(server, facts.model, now, owner))
+        for server in figures.servers
         if server not in chosen
     ]
     if facts.previous is not None:
         note = because("owner_known", server=owner.name) if owner else because("owner_unknown")
     elif candidates:
-        note = _note(candidates, ranked, policy, now)
+        note = _note(candidates, now)
     else:
         note = _none_free(allowed, facts, router)
+    would_wait = not candidates and _may_wait(router, facts)
+    yield
+    picked, ranked = (yield from ranking) if ranking is not None else (None, [])
+    ranked = [one for one in ranked if one.server in chosen]
+    # Other policies consider more than the score.
+    if candidates and note is NONE and policy.name in ("adaptive", "least_load"):
+        equals = sum(row.score == ranked[0].score for row in ranked)
+        if equals > 1:
+            note = because("equal_servers", n=equals)
     page: dict[str, Any] = {
         "model": asked,
         "served_model": facts.model,
@@ -76,11 +94,15 @@ def explain(
         "formula": policy.formula(),
         "owner": owner.name if owner is not None else None,
         "picked": picked.name if picked is not None else None,
-        "would_wait": picked is None and _may_wait(router, facts),
+        "would_wait": would_wait,
         **reason_fields(note, "note"),
     }
-    page["candidates"] = yield from each(explained, lambda row: encoded(_explained_row(*row)))
-    page["out"] = yield from each(out, lambda row: encoded(_row_out(*row)))
+    page["candidates"] = yield from each(
+        ranked, lambda one: encoded(_explained_row(figures.row(one.server), one))
+    )
+    page["out"] = yield from each(
+        out, lambda one: encoded({**figures.row(one[0]), **_why_fields(*one, now)})
+    )
     return page
 
 
@@ -136,59 +158,60 @@ class _Ranked(NamedTuple):
     parts: Mapping[str, float]
 
 
+_Ranking = tuple[Server | None, list[_Ranked]]
+"""The choice, and all candidates with their scores."""
+
+
 def _rank(
     policy: Policy, candidates: Sequence[Server], facts: RoutingInfo, now: float
-) -> tuple[Server | None, list[_Ranked]]:
-    """The choice, and all candidates with their scores."""
-    if not candidates:
-        return None, []
-    explained = policy.explain(candidates, facts, now)
+) -> Steps[_Ranking]:
+    """The ranking; all that may change meanwhile is read before the first step."""
+    explained = yield from policy.explain_in_steps(candidates, facts, now)
     if explained is None:
         # Choosing may change the state of such a policy (round robin): use a copy.
         picked, _ = copy.copy(policy).pick(candidates, facts, now)
         by_load = sorted(candidates, key=lambda server: server.load_estimate.effective)
+        yield
         return picked, [_Ranked(server, None, {}) for server in by_load]
-    return explained[0].server, [_Ranked(*one) for one in explained]
+    yield
+    ranked = yield from each(explained, lambda one: _Ranked(*one), RANKED_AT_ONCE)
+    return ranked[0].server, ranked
 
 
-class _Figures(NamedTuple):
-    """The figures of a server that change with requests and scrapes, copied at one moment."""
+class _Figures:
+    """The figures of servers that change with requests and scrapes, copied at one moment."""
 
-    server: Server
-    running: float
-    waiting: float
-    leases: int
-    load: float
-    fresh: bool
+    def __init__(self, servers: Sequence[Server]) -> None:
+        loads = [server.load_estimate for server in servers]
+        self.servers = servers
+        self._places = {server: place for place, server in enumerate(servers)}
+        self._running = [load.running for load in loads]
+        self._waiting = [load.waiting for load in loads]
+        self._leases = [server.in_flight for server in servers]
+        self._load = [load.value for load in loads]
+        self._fresh = [load.fresh for load in loads]
 
-    def row(self) -> dict[str, Any]:
+    def row(self, server: Server) -> dict[str, Any]:
         """The load of the server and its components."""
-        server = self.server
+        place = self._places[server]
         return {
             "server": server.name,
-            "load": round(self.load, 4),
-            "running": self.running,
-            "waiting": self.waiting,
-            "leases": self.leases,
+            "load": round(self._load[place], 4),
+            "running": self._running[place],
+            "waiting": self._waiting[place],
+            "leases": self._leases[place],
             "capacity": server.capacity,
             "capacity_source": server.capacity_estimate.source,
             "max_in_flight": server.config.max_in_flight,
-            "metrics_fresh": self.fresh,
+            "metrics_fresh": self._fresh[place],
         }
 
 
-def _figures(server: Server) -> _Figures:
-    load = server.load_estimate
-    return _Figures(server, load.running, load.waiting, server.in_flight, load.value, load.fresh)
+def _explained_row(figures: dict[str, Any], ranked: _Ranked) -> dict[str, Any]:
+    return {**figures, "score": ranked.score, "parts": dict(ranked.parts)}
 
 
-def _explained_row(figures: _Figures, ranked: _Ranked) -> dict[str, Any]:
-    return {**figures.row(), "score": ranked.score, "parts": dict(ranked.parts)}
-
-
-def _note(
-    candidates: Sequence[Server], ranked: Sequence[_Ranked], policy: Policy, now: float
-) -> Reason:
+def _note(candidates: Sequence[Server], now: float) -> Reason:
     """The note on a special choice; NONE for a normal one."""
     if not any(server.passive_health.admits(now) for server in candidates):
         return because("all_ejected")
@@ -196,15 +219,11 @@ def _note(
         return because("all_full")
     if any(server.models is None for server in candidates):
         return because("lists_unread")
-    refusing = [server for server in candidates if server.refusals.count()]
+    refusing = [server for server in candidates if server.refusals.known]
+    refusing = [server for server in refusing if server.refusals.count()]
     if refusing:
         avoided = because("refuser_avoided", server=refusing[0].name)
         return avoided.and_also(refusing[0].refusals.reason())
-    # Other policies consider more than the score.
-    if policy.name in ("adaptive", "least_load"):
-        equals = sum(row.score == ranked[0].score for row in ranked)
-        if equals > 1:
-            return because("equal_servers", n=equals)
     return NONE
 
 
@@ -234,12 +253,18 @@ _LIST_UNREAD = because("list_unread")
 
 def _why_out(
     server: Server, model: str | None, now: float, owner: Server | None
-) -> tuple[State, Reason]:
-    """The state of a server that is no candidate, and why it is none."""
+) -> tuple[State, Reason] | None:
+    """The state of a server that is no candidate, and why it is none; None: it lacks the model.
+
+    Then its state is no reason and can be read later: a thousand states take 3 ms.
+    """
+    models = server.catalog.names
+    if owner is None and model is not None and models is not None and model not in models:
+        return None
     state, reason = server.current_state(now)
     if owner is not None and server is not owner:
         reason = _OTHER_OWNER
-    elif model is not None and server.models is not None and model not in server.models:
+    elif model is not None and models is not None and model not in models:
         reason = _NOT_LISTED
     elif state is State.EJECTED:
         left = server.passive_health.until - now
@@ -260,8 +285,9 @@ def _why_out(
     return state, reason
 
 
-def _row_out(figures: _Figures, state: State, reason: Reason) -> dict[str, Any]:
-    return {**figures.row(), "state": state, **reason_fields(reason)}
+def _why_fields(server: Server, why: tuple[State, Reason] | None, now: float) -> dict[str, Any]:
+    state, reason = why or (server.current_state(now)[0], _NOT_LISTED)
+    return {"state": state, **reason_fields(reason)}
 
 
 def _in(code: str, seconds: float) -> Reason:

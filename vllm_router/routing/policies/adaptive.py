@@ -34,6 +34,7 @@ from vllm_router.routing.server_estimate import (
     slowness,
 )
 from vllm_router.routing.working_sets import WorkingSets
+from vllm_router.steps import Steps, finish
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -44,6 +45,9 @@ REFRESH = 0.1
 
 REFRESHED_AT_ONCE = 100
 """Candidates that are updated at once, in 1 ms; in a larger fleet the others follow in turn."""
+
+EXPLAINED_AT_ONCE = 200
+"""Candidates of an explanation that are listed in one slice."""
 
 MAX_CACHES = 256
 """Models with a ScoreCache."""
@@ -493,6 +497,11 @@ class Adaptive(Policy):
     def explain(
         self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> list[Explained]:
+        return finish(self.explain_in_steps(candidates, info, now))
+
+    def explain_in_steps(
+        self, candidates: Sequence[Server], info: RoutingInfo, now: float
+    ) -> Steps[list[Explained]]:
         cache = self._cache(candidates, info.model, now)
         matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
         levels, bonus, waits = self._credit(cache, info, matches)
@@ -512,7 +521,14 @@ class Adaptive(Policy):
             waits=waits,
         )
         table = ScoreTable(cache, asked, now)
-        return [
-            Explained(candidates[position], scores[position], Parts(table, position))
-            for position in sorted(range(len(scores)), key=scores.__getitem__)
-        ]
+        scores = scores[:]
+        yield
+        order = sorted(range(len(scores)), key=scores.__getitem__)
+        found: list[Explained] = []
+        for begin in range(0, len(order), EXPLAINED_AT_ONCE):
+            yield
+            found += [
+                Explained(candidates[position], scores[position], Parts(table, position))
+                for position in order[begin : begin + EXPLAINED_AT_ONCE]
+            ]
+        return found

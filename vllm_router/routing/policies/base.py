@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_router.routing.prompt.blocks import Prompt
     from vllm_router.routing.prompt.routing_info import RoutingInfo
     from vllm_router.routing.server_estimate import PrefixStatistics
+    from vllm_router.steps import Steps
 
 Choice: TypeAlias = tuple[Server, object]
 """The chosen server, and a note that the policy gets back in `leased`. A plain tuple: a pick takes
@@ -207,3 +208,10 @@ class Policy:
         None for policies without scores.
         """
         return None
+
+    def explain_in_steps(
+        self, candidates: Sequence[Server], info: RoutingInfo, now: float
+    ) -> Steps[list[Explained] | None]:
+        """The same in slices. The first one reads all that may change meanwhile."""
+        yield from ()
+        return self.explain(candidates, info, now)
