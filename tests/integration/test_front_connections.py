@@ -183,6 +183,20 @@ async def test_front_new_limits_apply_to_new_connections(kind):
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 5000
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("seconds", "milliseconds"), [(1e308, 2**31 - 1), (1e-300, 1)])
+async def test_front_extreme_write_stall_timeout_is_cut_to_what_the_kernel_takes(
+    kind, seconds, milliseconds
+):
+    async with running(kind, limits=Limits(write_stall_timeout=seconds)) as on:
+        (listener,) = on.front.listeners
+        found = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert found == milliseconds
+        async with connected(on.port) as client:
+            await client.send(post("/page"))
+            assert (await client.reply()).status == 200
+
+
 # -- bodies in very small pieces -----------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from vllm_router.http.hypercorn.protocol import ClientLeft, GuardedProtocolWrapp
 from vllm_router.http.hypercorn.streams import Address, Relay, ReplayStream
 from vllm_router.http.hypercorn.tasks import GuardedTaskGroup
 from vllm_router.http.io.closing import has_event, reset_on_close, wait_until_delivered
+from vllm_router.http.io.keepalive import end_when_stalled_for
 from vllm_router.http.io.trio_internals import release_ssl_stream
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.tls_stream import Handshakes, end_tls
@@ -140,7 +141,7 @@ class GuardedTCPServer(TCPServer):
             alpn, is_tls = relay.alpn or alpn, True
         else:
             try:
-                self._end_when_stalled_for(self._limits.write_stall_timeout)
+                end_when_stalled_for(self._socket, self._limits.write_stall_timeout)
                 peer = parse_socket_addr(self._socket.family, self._socket.getpeername())
                 client = plain_peer(peer) if peer is not None else None
                 server = parse_socket_addr(self._socket.family, self._socket.getsockname())
@@ -179,16 +180,12 @@ class GuardedTCPServer(TCPServer):
                 task_group.stop_helpers()
             await self.idle_task.stop()
 
-    def _end_when_stalled_for(self, seconds: float) -> None:
-        milliseconds = int(seconds * 1000)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-
     def _on_upgrade(self) -> None:
         limits = self._limits
         # If the socket has failed, the reader finds out.
         with contextlib.suppress(OSError):
-            self._end_when_stalled_for(
-                min(limits.websocket_stall_timeout, limits.write_stall_timeout)
+            end_when_stalled_for(
+                self._socket, min(limits.websocket_stall_timeout, limits.write_stall_timeout)
             )
 
     async def _read_data(self) -> None:

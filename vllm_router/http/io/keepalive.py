@@ -1,4 +1,4 @@
-"""TCP keepalive: the kernel probes silent connections."""
+"""What the kernel does for silent and stalled connections: TCP keepalive, and TCP_USER_TIMEOUT."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ Load balancers and NAT gateways drop connections that are silent for 60 s (nginx
 350 s (AWS) without notice to either side.
 """
 
+_MAX_STALL_MS = 2**31 - 1
+"""What the kernel takes as TCP_USER_TIMEOUT: 24 days."""
+
 
 def enable_keepalive(sock: socket.socket) -> None:
     """Probe silent connections. Sockets accepted from a listening socket inherit it (Linux)."""
@@ -19,3 +22,10 @@ def enable_keepalive(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+
+
+def end_when_stalled_for(sock: socket.socket, seconds: float) -> None:
+    """Sent bytes may stay unacknowledged so long; accepted sockets inherit it (Linux)."""
+    # Not below 1 ms: 0 stands for the system's default, which is 15 minutes.
+    milliseconds = max(1, int(min(seconds * 1000, _MAX_STALL_MS)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from vllm_router.http.io.keepalive import enable_keepalive
+from vllm_router.http.io.keepalive import enable_keepalive, end_when_stalled_for
 from vllm_router.http.server.interfaces import Address
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.socket_handover import spread_handshakes
@@ -90,11 +90,10 @@ class ListeningSockets:
 
     def _configure(self, sock: socket.socket) -> None:
         # Accepted sockets inherit all of these (Linux), which saves system calls per connection.
-        stall = int(self._limits.write_stall_timeout * 1000)
         sock.setblocking(False)
         enable_keepalive(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
+        end_when_stalled_for(sock, self._limits.write_stall_timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
     def start(self) -> None:
