@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -37,6 +38,30 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
+def open_closed_streams() -> None:
+    """Open /dev/null as stdin, stdout or stderr where the caller has closed it.
+
+    Python has None for a closed one, and the next file or socket would take its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+        os.set_inheritable(number, True)
+        stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115  stays open
+        setattr(sys, name, stream)
+
+
+def discard_output() -> None:
+    """Lead stdout to /dev/null: what Python flushes at the end would fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
 def say_error(text: str) -> None:
     """One line on stderr. On a terminal its beginning, up to the first colon, is red.
 
@@ -46,7 +71,8 @@ def say_error(text: str) -> None:
     if has_colour:
         head, colon, rest = text.partition(": ")
         text = click.style(head + colon, fg="red", bold=True) + rest
-    click.echo(text, err=True, color=has_colour or None)
+    with contextlib.suppress(OSError):  # the exit code says it, too
+        click.echo(text, err=True, color=has_colour or None)
 
 
 def _has_colour() -> bool:

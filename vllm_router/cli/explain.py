@@ -97,6 +97,8 @@ def _json_body(file: IO[bytes]) -> bytes:
         json.loads(content)
     except ValueError as error:  # UnicodeDecodeError is one
         raise Failure(f"--body: expected JSON, got something else: {error}") from None
+    except RecursionError:
+        raise Failure("--body: expected JSON, got arrays or tables nested too deeply") from None
     return content
 
 

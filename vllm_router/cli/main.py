@@ -13,6 +13,7 @@ from vllm_router.runtime.early_signals import hold
 if sys.argv[1:2] == ["run"]:
     hold()
 
+import errno
 import importlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from vllm_router import __version__
-from vllm_router.cli.common import say_error
+from vllm_router.cli.common import discard_output, open_closed_streams, say_error
 from vllm_router.errors import RouterError
 from vllm_router.observability.formatting import visible
 
@@ -41,6 +42,10 @@ COMMANDS = {
     "simulate": "vllm_router.lab.simulate.cli:simulate_command",
 }
 """Module and attribute of each command, in the order of `--help`."""
+
+
+_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of writing to stdout: a reader that has gone, as `head`, and a full or broken disk."""
 
 
 class Commands(click.Group):
@@ -79,6 +84,7 @@ class Commands(click.Group):
     ) -> Any:
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            sys.stdout.flush()  # an error at the end of the process would be a traceback
         except click.ClickException as error:
             if not standalone_mode:
                 raise
@@ -93,6 +99,14 @@ class Commands(click.Group):
             if not standalone_mode:
                 raise
             code = 130
+        except OSError as error:
+            if not standalone_mode or error.errno not in _UNWRITABLE:
+                raise
+            discard_output()
+            code = 1
+            if error.errno != errno.EPIPE:
+                say_error(f"vllm-router: cannot write the output: {error.strerror}")
+                code = 2
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
@@ -130,5 +144,6 @@ def cli(context: click.Context) -> None:
 
 def main() -> NoReturn:
     """The entry point of `vllm-router`."""
+    open_closed_streams()
     cli(prog_name="vllm-router")
     raise AssertionError("click exits")

@@ -27,11 +27,17 @@ def for_router(command: F) -> F:
     """Add `url`, `key` and `ca` of `RouterClient`; the URL is an argument or an option."""
 
     @wraps(command)
-    def with_one_url(*args: Any, url: str | None, url_option: str | None, **options: Any) -> Any:
+    def with_one_url(
+        *args: Any, url: str | None, url_option: str | None, key: str | None, **options: Any
+    ) -> Any:
+        key = key.strip() if key is not None else None  # a key from a file often ends in a newline
+        if key and not (key.isascii() and key.isprintable()):
+            # Not shown: it is a secret, perhaps with one wrong character.
+            raise click.UsageError("--key: expected a key of visible ASCII characters")
         if url is not None and url_option is not None and url != url_option:
             raise click.UsageError(f"two routers are given: {url} and --url {url_option}")
         found = url or url_option or os.environ.get("VLLM_ROUTER_URL") or DEFAULT_URL
-        return command(*args, url=found, **options)
+        return command(*args, url=found, key=key, **options)
 
     wrapped: Any = with_one_url
     for decorate in (

@@ -207,7 +207,7 @@ class RouterClient:
             response = await self._client.request(
                 method, self._asked + path, content=body, headers=headers
             )
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: of the host's name
             raise NoRouter(f"{self.url} is not a valid URL: {error}") from None
         except httpx.HTTPError as error:
             raise NoRouter(f"no router answers at {self.url}: {describe(error)}") from None

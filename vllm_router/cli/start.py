@@ -7,14 +7,13 @@ import json
 import logging
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vllm_router import __version__
-from vllm_router.cli.common import Failure
+from vllm_router.cli.common import Failure, discard_output
 from vllm_router.errors import RouterError
 
 if TYPE_CHECKING:
@@ -105,9 +104,9 @@ def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
     try:
         click.echo("\n".join(lines))
     except OSError:
-        # stdout is closed: keep serving, and prevent another error when Python flushes it at exit.
+        # The reader of stdout has gone, or its disk is full: keep serving.
         logger.warning("stdout is closed: %s", lines[0])
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
 
 
 def _near(url: str) -> str:

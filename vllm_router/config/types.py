@@ -39,6 +39,7 @@ def _read_network(text: str) -> str:
 
 
 _HOST = re.compile(r"[a-z0-9._-]{1,253}")
+_LISTEN_HOST = re.compile(r"[0-9a-z:._%-]{1,253}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,6 +62,8 @@ def split_address(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     host, port = parts.hostname, parts.port
     if not host or port is None or parts.path or parts.query or "@" in text:
+        raise ValueError("no host and port")
+    if not (_LISTEN_HOST.fullmatch(host) and text.isprintable()):
         raise ValueError("no host and port")
     return host, port
 

@@ -361,3 +361,67 @@ def test_table_is_drawn_on_a_terminal(
 def test_table_escapes_control_characters(capsys: pytest.CaptureFixture[str]):
     print_table([Column("NAME")], [["\x1b[2Jmodel\nup"], [""]])
     assert capsys.readouterr().out.splitlines() == ["NAME", r"\x1b[2Jmodel\nup", "-"]
+
+
+@pytest.mark.parametrize("command", ["status", "monitor"])
+@pytest.mark.parametrize("key", ["ké", "k\nx", "\udcff"])
+def test_cli_key_that_no_header_can_have_is_one_line_without_it(command: str, key: str):
+    result = call(command, "http://127.0.0.1:1", "--key", key)
+    assert_one_line(result, "--key: expected a key of visible ASCII characters")
+    assert key not in result.stderr
+
+
+@pytest.mark.parametrize("host", ["xn--", "a..b", "a" * 64])
+@pytest.mark.parametrize("command", ["status", "monitor"])
+def test_cli_url_with_impossible_host_is_one_line(command: str, host: str):
+    assert_one_line(call(command, f"http://{host}"), f"http://{host}")
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_run_impossible_host_is_one_line(host: str):
+    given = ("--server", "http://127.0.0.1:1", "--console", "--port", "0")
+    assert_one_line(call("run", *given, "--host", host), f"cannot listen on {host}")
+
+
+def test_explain_body_nested_too_deeply_is_one_line(scratch: Path):
+    (scratch / "body.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert_one_line(call("explain", "--body", "body.json"), "--body", "nested too deeply")
+
+
+# -- standard streams -------------------------------------------------------------------------
+
+
+def run_in_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line in which `ROUTER` stands for the program."""
+    program = f"{sys.executable} -m vllm_router"
+    return subprocess.run(
+        ["bash", "-c", command.replace("ROUTER", program)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(vllm_router.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["schema", "check-config --probe"])
+def test_cli_full_disk_behind_stdout_is_one_line(scratch: Path, command: str):
+    (scratch / "servers.toml").write_text('servers.servers = [{ url = "http://127.0.0.1:1" }]')
+    done = run_in_shell(f"ROUTER {command} > /dev/full", scratch)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line == "vllm-router: cannot write the output: No space left on device"
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_cli_closed_standard_stream_changes_no_exit_code(scratch: Path, closed: str):
+    (scratch / "servers.toml").write_text('servers.servers = [{ url = "http://127.0.0.1:1" }]')
+    done = run_in_shell(f"ROUTER check-config --probe {closed}", scratch)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    done = run_in_shell(f"ROUTER monitor http://127.0.0.1:1 {closed}", scratch)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def test_cli_unwritable_stderr_keeps_exit_code(scratch: Path):
+    assert run_in_shell("ROUTER check-config --config none 2> /dev/full", scratch).returncode == 2

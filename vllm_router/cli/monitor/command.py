@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import trio
 
+from vllm_router.cli.common import discard_output
 from vllm_router.cli.monitor.link import Feed, NoFeed
 from vllm_router.cli.monitor.log_file import last_lines
 from vllm_router.cli.monitor.plain import print_lines
@@ -80,8 +81,8 @@ def monitor(
     except NoFeed as error:
         raise NoRouterThere(f"no router answers at {feed.url}: {error}") from None
     except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe. Prevent another error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as `head`, has closed the pipe.
+        discard_output()
         return
     if end is End.ROUTER_DIED and log is not None:
         click.echo(f"\nthe router has died; the last lines of its log {log}:", err=True)
@@ -105,7 +106,7 @@ async def _plain(feed: Feed, interval: float) -> End:
         await nursery.start(until_signal)
         try:
             await print_lines(feed, interval)
-        except (NoFeed, BrokenPipeError) as error:
+        except (NoFeed, OSError) as error:  # OSError: stdout cannot be written
             # Raised outside of the nursery, which would wrap it.
             problem = error
             nursery.cancel_scope.cancel(reason="no feed")

@@ -38,9 +38,12 @@ class ListeningSockets:
         self, host: str, port: int, *, reuse_port: bool = False, plain: bool = False
     ) -> list[Address]:
         """See `Listener.open`."""
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        try:
+            found = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except UnicodeError:  # a name with an empty part, or one of more than 63 characters
+            raise socket.gaierror(socket.EAI_NONAME, "no valid host name") from None
         opened: list[socket.socket] = []
         try:
             for family, kind, protocol, _, address in found:
