@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_router.errors import UnusablePage
@@ -157,6 +157,7 @@ _VALUE = re.compile(rb"(?<=\} )\S+$", re.MULTILINE)
     st.sampled_from([LOADED, TWO_ENGINES]),
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10**9)), max_size=10),
 )
+@settings(max_examples=50)
 def test_metrics_page_any_values_read_like_whole_pages(page, changes):
     """Every so many values of the page change, which moves the lines after them."""
     pages = MetricsPage()

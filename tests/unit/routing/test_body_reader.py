@@ -129,7 +129,7 @@ def _model_of(value: Any) -> str | None:
 
 
 @given(_bodies())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example(b'{"model":"a","model":null}')
 def test_body_reader_every_body_is_read_like_python_or_refused(body: bytes):
     try:

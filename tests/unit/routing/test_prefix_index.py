@@ -138,7 +138,7 @@ def test_prefix_index_is_bounded_by_kv_cache_per_server():
     assert book.match((a, b), prompt()) == {a: 1024, b: 2560}
 
 
-@pytest.mark.parametrize(("megabytes", "count"), [(2.0, 1), (2.0, 3), (4.0, 1)])
+@pytest.mark.parametrize(("megabytes", "count"), [(1.0, 1), (1.0, 3), (2.0, 1)])
 def test_prefix_index_memory_stays_bounded_under_churn(megabytes: float, count: int):
     """Dictionaries whose entries are replaced all the time are larger than those just filled."""
     servers = tuple(make_fleet(count).servers.values())
@@ -146,7 +146,7 @@ def test_prefix_index_memory_stays_bounded_under_churn(megabytes: float, count: 
     tracemalloc.start()
     try:
         book = PrefixIndex(PolicySettings(prefix_memory_mb=megabytes))
-        for now in range(1000):
+        for now in range(500):
             chain = tuple(make_block_hash(rng.getrandbits(60), place) for place in range(50))
             book.insert(servers[now % count], Prompt(chain, 50 * BLOCK_BYTES), now / 10)
             del chain

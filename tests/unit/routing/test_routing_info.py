@@ -236,8 +236,10 @@ def test_facts_any_body_raises_only_invalid_request(body, content_type):
 
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=8,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
 )
 _KEYS = st.sampled_from(["model", "stream", "store", "messages", "prompt", "input"])
 

@@ -220,7 +220,7 @@ async def test_probe_down_at_start_has_helpful_reason(
     async with world(monkeypatch, script, prepare, seed) as there:
         await there.until(lambda: there.state[0] is State.DOWN)
         assert words in there.state[1]
-        await trio.sleep(30)
+        await trio.sleep(10)
         assert there.state[0] is State.DOWN
         assert words in there.state[1]
 

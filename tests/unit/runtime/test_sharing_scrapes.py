@@ -160,7 +160,7 @@ class Fleet:
         self.nursery.start_soon(router.run)
         return router
 
-    async def rate(self, seconds: float = 10.0) -> float:
+    async def rate(self, seconds: float = 5.0) -> float:
         """Scrapes per second in the next `seconds`."""
         self.engines.scrapes.clear()
         await trio.sleep(seconds)
