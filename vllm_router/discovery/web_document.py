@@ -77,6 +77,8 @@ class WebDocument:
                 raise NoAnswer(_status_text(response))
             data = await read_whole(response, MAX_BYTES)
             etag = response.headers.get("etag", "")
+            if not etag.isascii():
+                etag = ""  # httpx could not send it back
         finally:
             await response.aclose()
         groups = await decoded(read_json, data)

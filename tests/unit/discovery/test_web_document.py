@@ -94,6 +94,17 @@ async def test_http_unchanged_document_is_confirmed_by_etag(autojump_clock: Mock
         assert notes.problem is None
 
 
+async def test_http_etag_beyond_ascii_is_not_sent_back(autojump_clock: MockClock) -> None:
+    inventory = Inventory()
+    inventory.answer = inventory.targets("a:1", headers=[(b"etag", b'"caf\xe9"')])
+    async with following(inventory) as notes:
+        await notes.until(lambda it: it.sets == [["a:1"]])
+        inventory.answer = inventory.targets("b:1")
+        await notes.until(lambda it: it.sets[-1] == ["b:1"])
+        assert notes.problem is None
+    assert "if-none-match" not in inventory.requests[-1].headers
+
+
 def _raise(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
     def answer(request: httpx.Request) -> httpx.Response:
         raise error
