@@ -383,3 +383,20 @@ async def test_leader_refuses_too_long_queue_before_other_hooks_act():
             supervisor.apply(supervisor.config, new)
         assert not acted
         assert supervisor.config.limits is None
+
+
+async def test_leader_drops_message_that_is_none_with_its_descriptor(
+    caplog: pytest.LogCaptureFixture,
+):
+    async with leading() as (leader, worker):
+        reading, writing = os.pipe()
+        try:
+            await worker.send(b"nonsense", [reading])
+            os.close(reading)
+            await worker.send(encode(Hello(7, [])))
+            await settled(lambda: leader.workers.links[0].pid == 7)
+            assert "dropping an undecodable message" in caplog.text
+            with pytest.raises(BrokenPipeError):
+                os.write(writing, b"x")
+        finally:
+            os.close(writing)

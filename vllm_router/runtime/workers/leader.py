@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,8 @@ class _Inbox:
                 message = decode_from_worker(data)
             except msgspec.DecodeError:
                 logger.exception("worker %d: dropping an undecodable message", link.number)
+                if fileno is not None:
+                    os.close(fileno)
                 continue
             match message:
                 case Report():
