@@ -18,7 +18,7 @@ def shared(monkeypatch: pytest.MonkeyPatch, tables: str = "", **parts: Any) -> A
     monkeypatch.setattr(router_share, "SharedState", lambda *args: args)
     fleet = make_fleet(3)
     share: Any = SimpleNamespace(
-        queued=lambda: dict(parts.get("queued", {})),
+        levels=lambda: dict(parts.get("queued", {})),
         peers=SimpleNamespace(siblings=lambda _now: parts.get("siblings", {})),
         settle=None,
     )
