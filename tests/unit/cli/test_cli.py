@@ -16,10 +16,11 @@ from click.testing import CliRunner, Result
 
 import vllm_router
 from vllm_router.cli.common import say_error
-from vllm_router.cli.main import COMMANDS, cli
+from vllm_router.cli.main import COMMANDS, Commands, cli
 from vllm_router.cli.router_client import RouterClient, Status
 from vllm_router.cli.run import _servers, log_file
 from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
+from vllm_router.errors import RouterError
 
 EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
 
@@ -425,3 +426,33 @@ def test_cli_closed_standard_stream_changes_no_exit_code(scratch: Path, closed: 
 
 def test_cli_unwritable_stderr_keeps_exit_code(scratch: Path):
     assert run_in_shell("ROUTER check-config --config none 2> /dev/full", scratch).returncode == 2
+
+
+# -- errors of any command ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RouterError("out of \x1b[2Jluck"), 2, r"vllm-router: out of \x1b[2Jluck"),
+        (
+            click.UsageError("two\nlines"),
+            2,
+            "vllm-router status: two lines (see vllm-router status --help)",
+        ),
+        (click.ClickException("no"), 1, "vllm-router: no"),
+        (click.Abort(), 130, ""),
+    ],
+)
+def test_command_error_is_one_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, line: str
+):
+    @click.command("broken")
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(Commands, "get_command", lambda self, ctx, name: broken)
+    found = CliRunner().invoke(cli, ["status"], prog_name="vllm-router")
+    assert (found.exit_code, found.stderr.strip()) == (code, line)
+    with pytest.raises(type(error)):
+        cli.main(["status"], prog_name="vllm-router", standalone_mode=False)

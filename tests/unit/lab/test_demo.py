@@ -13,8 +13,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from vllm_router.config.schema import Settings
 from vllm_router.http.request_ids import DEMO_PREFIX, request_id
-from vllm_router.lab.demo import DEMO_MODEL, MORE_MODELS, models_of
+from vllm_router.lab.demo import DEMO_MODEL, MORE_MODELS, models_of, start_demo
 from vllm_router.lab.demo_traffic import AGENTS, FAULT_SECONDS, HEALTHY, DemoTraffic
 from vllm_router.lab.mock import MockOptions
 from vllm_router.lab.mock.request import Request
@@ -29,6 +30,24 @@ def test_demo_models_are_on_two_servers_where_there_are_two(count: int):
     on = Counter(model for number in range(count) for model in models_of(number, count))
     assert on[DEMO_MODEL] == count
     assert all(on[model] >= min(2, count) for model in MORE_MODELS)
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_demo_servers_are_listed_and_answer_by_name(several: bool):
+    settings = Settings()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, httpx.AsyncClient() as client:
+            config = await start_demo(nursery, 3, settings, several_models=several)
+            assert config.settings is settings
+            assert [server.name for server in config.servers] == ["demo-1", "demo-2", "demo-3"]
+            # The simulated hardware differs, and so does the capacity that goes with it.
+            assert len({server.max_concurrent_requests for server in config.servers}) > 1
+            models = set()
+            for server in config.servers:
+                listed = (await client.get(f"{server.url}/v1/models")).json()["data"]
+                models.update(card["id"] for card in listed)
+            assert models == ({DEMO_MODEL, *MORE_MODELS} if several else {DEMO_MODEL})
+            nursery.cancel_scope.cancel()
 
 
 def test_mock_answer_is_generated_token_by_token():
