@@ -62,11 +62,11 @@ _LENGTH = re.compile(
     r"must have less than) ?[=:(]? ?(\d{1,12})",
     re.IGNORECASE,
 )
-_NO_MODEL = re.compile(
-    r"\bmodel\b.*(?:does not exist|not found|not exist|is not available|unknown)|unknown model|"
-    r"no such model",
-    re.IGNORECASE | re.DOTALL,
+_MODEL = re.compile(r"\bmodel\b", re.IGNORECASE)
+_IS_MISSING = re.compile(
+    r"does not exist|not found|not exist|is not available|unknown", re.IGNORECASE
 )
+_NO_MODEL = re.compile(r"unknown model|no such model", re.IGNORECASE)
 _NO_ROUTE = re.compile(
     r"(?:404 )?(?:page |path |route |resource )?not found[.!]?|invalid url.*|no route matched.*|"
     r"method not allowed[.!]?|gone[.!]?",
@@ -141,11 +141,22 @@ def _judge_missing(status: int, page: bool, body: bytes | None, *, asked_model: 
     if error is None:
         return no_route  # not an API's error: vLLM's `detail`, a proxy's text, or no body
     message, code, param = error
-    if code == "model_not_found" or param == "model" or _NO_MODEL.search(message):
+    if code == "model_not_found" or param == "model" or _names_no_model(message):
         if asked_model:
             return Judgement(Outcome.NO_MODEL, Scope.MODEL, f"{status}: no such model")
         return ITS_ANSWER
     return no_route if _NO_ROUTE.fullmatch(message.strip()) else ITS_ANSWER
+
+
+def _names_no_model(message: str) -> bool:
+    """Whether the text says that a model is missing.
+
+    Two searches: one pattern for both words would look for the second from every first one.
+    """
+    model = _MODEL.search(message)
+    if model is not None and _IS_MISSING.search(message, model.end()):
+        return True
+    return _NO_MODEL.search(message) is not None
 
 
 def _judge_length(body: bytes) -> Judgement:

@@ -83,6 +83,12 @@ def test_judge_answer_error_is_read_up_to_a_limit():
         (b'{"message":"The model `x` does not exist."}', Outcome.REFUSED),  # not an error's form
         (b'{"object":"error","message":"The model `x` does not exist."}', Outcome.NO_MODEL),
         (error("gone away", code="model_not_found"), Outcome.NO_MODEL),
+        (error("Unknown MODEL x"), Outcome.NO_MODEL),
+        (error("x: no such model"), Outcome.NO_MODEL),
+        (error("models are not found here, a model is"), Outcome.ANSWERED),
+        (error("it does not exist, the model"), Outcome.ANSWERED),
+        (error("this model,\nand that\none, are unknown"), Outcome.NO_MODEL),
+        (error("model " * 10_000), Outcome.ANSWERED),  # took 20 s
         (error("gone away", param="model"), Outcome.NO_MODEL),
         (error("gone away", param="input"), Outcome.ANSWERED),
         (error("  Not Found.  "), Outcome.REFUSED),
