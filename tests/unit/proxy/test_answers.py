@@ -108,6 +108,19 @@ def test_block_reader_any_split_yields_same_blocks(cuts):
     assert sorted(held.replace(b"\r", b"\n")) == sorted(STREAM.replace(b"\r", b"\n"))
 
 
+@given(st.text(":\r\nx", max_size=20), st.lists(st.integers(0, 20), max_size=4))
+def test_block_reader_any_split_yields_same_comments(text, cuts):
+    """Line ends that are cut count as two."""
+    stream = text.encode()
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    reader, whole = BlockReader(), BlockReader()
+    for start, end in itertools.pairwise(places):
+        list(reader.feed(stream[start:end]))
+    list(whole.feed(stream))
+    assert reader.comments.split() == whole.comments.split()
+    assert reader.pending.strip() == whole.pending.strip()
+
+
 def test_block_reader_long_comments_and_events_take_linear_time():
     reader = BlockReader()
     for _ in range(100_000):

@@ -15,6 +15,9 @@ import msgspec
 _BOM = b"\xef\xbb\xbf"
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BLOCK_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_OUTSIDE = re.compile(rb"(?:[\r\n]|:[^\r\n]*[\r\n])+")
+"""Whole comment lines and blank lines: one match for all that have come."""
+
 DONE = "[DONE]"
 
 
@@ -138,19 +141,16 @@ class BlockReader:
         """Move blank and comment lines at the front to `comments`; whether a block begins then."""
         rest = self._rest
         while rest:
-            if rest[0] in b"\r\n":
-                length = 1
-            elif rest[0] == ord(":"):
-                end = _LINE_END.search(rest, self._searched)
-                if end is None:
-                    self._searched = len(rest)
-                    return False
-                length = end.end()
-            else:
+            if rest[0] not in b":\r\n":
                 self._in_block = True
                 return True
-            self.comments += rest[:length]
-            self._drop(length)
+            if rest[0] == ord(":") and _LINE_END.search(rest, self._searched) is None:
+                self._searched = len(rest)
+                return False
+            lines = _OUTSIDE.match(rest)
+            assert lines is not None  # it has a whole one
+            self.comments += lines.group()
+            self._drop(lines.end())
         return False
 
     def _drop(self, length: int) -> None:
