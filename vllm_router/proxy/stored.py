@@ -17,7 +17,7 @@ from vllm_router.proxy.answers.stored import response_id
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.request import Request
-from vllm_router.routing.owners import LONGEST_ID
+from vllm_router.routing.owners import LONGEST_ID, Owner
 
 SHOWN_ID = 100
 """Characters of an id that are repeated to the client."""
@@ -54,7 +54,7 @@ async def find_owner(
     fleet = context.fleet
     known = context.owners.find(identifier)
     if known is not None:
-        if key is not None and known.key not in ("", key.name):
+        if key is not None and not _may_use(key, known):
             raise _not_found(identifier, "", continues=continues)
         for server in fleet.all_servers():
             if server.url == known.url:
@@ -81,6 +81,11 @@ async def find_owner(
             retry_after=fleet.retry_after(None, trio.current_time()),
         )
     raise _not_found(identifier, "", continues=continues)
+
+
+def _may_use(key: KeyConfig, known: Owner) -> bool:
+    """Whether the response is the key's; also for keys of any model if no key is known of it."""
+    return known.key == key.name or (known.key == "" and key.models is None)
 
 
 def _not_found(identifier: str, why: str, *, continues: bool) -> Refused:

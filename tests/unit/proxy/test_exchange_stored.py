@@ -319,6 +319,9 @@ async def test_key_limited_to_models_gets_only_responses_known_as_its_own(autoju
         got = await call(rig, "GET", f"{RESPONSES}/resp_old", limited)
         assert (got.status, got.code) == (404, "response_not_found")
         assert keepers[0].asked == []
+        assert (await call(rig, "GET", f"{RESPONSES}/resp_old", key_of("other"))).status == 200
+        got = await call(rig, "GET", f"{RESPONSES}/resp_old", limited)
+        assert got.status == 404, "that another key has found it makes it no own one"
         body = json.dumps({"model": "m", "input": "x"}).encode()
         made = await call(rig, "POST", RESPONSES, limited, body=body)
         assert (await call(rig, "GET", f"{RESPONSES}/{made.json['id']}", limited)).status == 200
