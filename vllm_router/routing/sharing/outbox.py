@@ -40,8 +40,8 @@ OWNERS_PER_BATCH = 500
 QUARANTINED_PER_BATCH = 100
 MAX_WAITING = 16 * OWNERS_PER_BATCH
 
-ADAPTER_BYTES = 32 * 1024
-"""Bytes of adapters' names in a batch. Without them the others go by the servers' metrics."""
+ADAPTER_BYTES = 16 * 1024
+"""Bytes of adapters in a batch. Without them the others go by the servers' metrics."""
 
 CONTINUOUS = 2.0
 """Seconds between two batches beyond which sharing was interrupted."""
@@ -204,7 +204,7 @@ def _with_few_names(levels: Iterable[tuple[str, ServerLevel]]) -> dict[str, Serv
     found, room = {}, ADAPTER_BYTES
     for url, level in levels:
         if level.adapters:
-            room -= sum(map(len, level.adapters))
+            room -= sum([len(name.encode()) + 4 for name in level.adapters])
             if room < 0:
                 level = ServerLevel(level.queued, level.in_flight)
         found[url] = level
