@@ -36,10 +36,10 @@ class AdapterServers:
     A pick finds the servers of an adapter here without a look at the others.
     """
 
-    __slots__ = ("_awaited", "_full", "_holders", "_loaded")
+    __slots__ = ("_awaited", "_full", "_holders", "_loaded", "_spare")
 
     def __init__(self) -> None:
-        self._full = self._awaited = 0
+        self._full = self._awaited = self._spare = 0
         self._loaded: dict[str, int] = {}
         self._holders: dict[str, dict[int, LoadedAdapters]] = {}
 
@@ -61,6 +61,19 @@ class AdapterServers:
         bit = server.bit
         self._full = self._full | bit if server.is_full else self._full & ~bit
         self._awaited = self._awaited | bit if server.is_awaited else self._awaited & ~bit
+
+    def count_spare(self, server: LoadedAdapters, *, spare: bool) -> None:
+        """Whether the server has a slot without an adapter has changed."""
+        self._spare = self._spare | server.bit if spare else self._spare & ~server.bit
+
+    def spare_for(self, adapter: str, candidates: int) -> int:
+        """The bits of the candidates that load the adapter without an eviction, or have it.
+
+        0 if that makes no difference between the candidates without it.
+        """
+        loaded = self._loaded.get(adapter, 0) & candidates
+        spare = self._spare & candidates & ~loaded
+        return spare | loaded if spare and spare | loaded != candidates else 0
 
     def slots_for(self, adapter: str, candidates: int) -> tuple[int, int]:
         """The bits of the candidates that have it loaded, and of those without a slot for it.
@@ -90,8 +103,8 @@ class LoadedAdapters:
     """
 
     __slots__ = (
-        "_elsewhere", "_reported", "_servers", "_slots", "_stuck", "_waiting", "bit", "is_awaited",
-        "is_full", "running",
+        "_elsewhere", "_is_spare", "_reported", "_servers", "_slots", "_stuck", "_waiting", "bit",
+        "is_awaited", "is_full", "running",
     )  # fmt: skip
 
     def __init__(self, bit: int = 1, servers: AdapterServers | None = None) -> None:
@@ -111,6 +124,8 @@ class LoadedAdapters:
         """Requests of other processes by adapter, as far as they have announced them."""
         self._waiting: dict[str, int] = {}
         """Our requests for adapters that wait for a slot, in their order."""
+        self._is_spare = False
+        self._note_spare()
 
     def __contains__(self, name: str) -> bool:
         return name in self.running
@@ -123,6 +138,7 @@ class LoadedAdapters:
     def slots(self, count: int) -> None:
         if count != self._slots:
             self._slots = count
+            self._note_spare()
             self._count()
 
     @property
@@ -146,6 +162,7 @@ class LoadedAdapters:
             self._servers.remove(name, self)
             if count:
                 self._waiting[name] = count
+        self._note_spare()
         for name in running:
             self._load(name, self._waiting.pop(name, 0))
         self._count()
@@ -195,6 +212,7 @@ class LoadedAdapters:
         for name in self.running:
             self._servers.remove(name, self)
         self.running.clear()
+        self._note_spare()
         self._waiting.clear()
         self._reported.clear()
         self._stuck.clear()
@@ -203,6 +221,7 @@ class LoadedAdapters:
     def leave(self) -> None:
         """The server has left the fleet; requests may still run there."""
         self.clear()
+        self._servers.count_spare(self, spare=False)
         self._servers = AdapterServers()
 
     def _count(self) -> None:
@@ -223,6 +242,13 @@ class LoadedAdapters:
             self.is_full, self.is_awaited = is_full, is_awaited
             self._servers.count(self)
 
+    def _note_spare(self) -> None:
+        """The number of loaded adapters, or of slots, has changed."""
+        is_spare = len(self.running) < self._slots
+        if is_spare is not self._is_spare:
+            self._is_spare = is_spare
+            self._servers.count_spare(self, spare=is_spare)
+
     def _load(self, name: str, requests: int) -> None:
         running = self.running
         if name not in running:
@@ -239,6 +265,7 @@ class LoadedAdapters:
             for one in idle[:surplus]:
                 del running[one]
                 self._servers.remove(one, self)
+        self._note_spare()
 
 
 class SwapCost:

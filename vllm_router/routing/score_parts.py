@@ -17,8 +17,9 @@ class Asked(NamedTuple):
     """The request. `levels` and `bonus`: see `ScoreCache.scores`.
 
     `tokens`, `uncached`, `turns`, `delay`: see `ScoreCache.with_prompt`. `swap`: tokens that
-    loading the adapter costs; `loaded`: bits of the servers that have it; `waits`: bits of those on
-    which the request would wait for a slot.
+    loading the adapter costs; `loaded`: bits of the servers that have it; `spare`: of these and of
+    the servers with a slot left, if others have none; `waits`: of the servers on which the request
+    would wait for a slot.
     """
 
     levels: list[tuple[float, int]]
@@ -29,6 +30,7 @@ class Asked(NamedTuple):
     delay: float
     swap: float
     loaded: int
+    spare: int
     waits: int
 
 
@@ -57,7 +59,9 @@ class ScoreTable:
         levels, bit = asked.levels, cache.estimates[position].bit
         credit = next((tokens for tokens, bits in levels if bits & bit), 0.0)
         best = levels[0][0] if levels else 0.0
-        adapter = asked.swap if credit and bit & asked.loaded else 0.0
+        adapter = 0.0
+        if credit:
+            adapter = asked.swap * (bool(bit & asked.loaded) + bool(bit & asked.spare))
         extra, penalty = self._extra[position], self._penalties[position]
         return {
             "load": self._active[position] + extra,

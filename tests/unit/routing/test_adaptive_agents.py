@@ -238,6 +238,37 @@ def test_adapters_of_other_processes_need_their_slots():
     assert not loaded.is_full
 
 
+def test_adapter_is_loaded_where_no_other_is_evicted():
+    """Else few adapters evict each other on the one server that has no other traffic."""
+    it = Fleet(count=3)
+    for server in it.servers:
+        it.scrape(server, max_adapters=2)
+    seen: dict[str, set[Server]] = {}
+    for _ in range(5):
+        for busy in it.servers[:2] * 5:
+            it.serve(asking("base", CONTEXT, conversation=1), busy)
+        for name in ADAPTERS[:4]:
+            seen.setdefault(name, set()).add(it.serve(asking(name, CONTEXT, conversation=1)))
+            it.now += 1.0
+    assert [len(servers) for servers in seen.values()] == [1] * 4
+    assert len(set.union(*seen.values())) > 1
+
+
+def test_adapter_tokens_count_twice_where_others_have_no_slot_left():
+    it = Fleet(count=3)
+    for server in it.servers:
+        it.scrape(server, max_adapters=2)
+    home, _, occupied = it.servers
+    it.serve(asking("lora-a"), home)
+    assert it.parts(asking("lora-a"), home)["adapter_tokens"] == 5000  # all have a slot left
+    it.serve(asking("lora-b"), occupied)
+    it.serve(asking("lora-c"), occupied)
+    parts = [it.parts(asking("lora-a"), server) for server in it.servers]
+    assert [one["adapter_tokens"] for one in parts] == [10_000, 5000, 0]
+    assert [one["waste_tokens"] for one in parts] == [0, 5000, 10_000]
+    assert it.pick(asking("lora-d")) is not occupied
+
+
 def test_adapter_keeps_the_server_with_most_requests_of_all_processes():
     index = AdapterServers()
     one, other, third = (LoadedAdapters(1 << place, index) for place in range(3))

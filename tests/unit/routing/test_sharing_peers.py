@@ -84,6 +84,12 @@ class Router:
     def pick(self, info: RoutingInfo, now: float = 0.0) -> str:
         return self.policies.default.pick(self.fleet.candidates("m", now), info, now)[0].name
 
+    def waits(self, adapter: str, now: float) -> set[str]:
+        """The servers on which a request for it would wait for a slot."""
+        candidates = self.fleet.candidates("m", now)
+        rows = self.policies.default.explain(candidates, RoutingInfo(adapter), now)
+        return {row.server.name for row in rows if row.parts["adapter_wait"]}
+
     def batch(self, now: float = 0.0) -> Batch:
         queued = self.policies.queued_tokens()
         levels = {server.url: ServerLevel(tokens, 0) for server, tokens in queued.items()}
@@ -206,8 +212,9 @@ def test_peers_adapters_of_other_routers_need_slots_until_they_are_silent():
     assert other.policies.adapter_requests() == {}  # they are not its own
     assert {other.pick(RoutingInfo("z"), 10.0) for _ in range(30)} == {"c"}
     assert {other.pick(RoutingInfo("x"), 10.0) for _ in range(30)} == {"a"}
+    assert other.waits("z", 10.0) == {"a", "b"}
     other.peers.settle(10.1 + GONE_AFTER)
-    assert {other.pick(RoutingInfo("z"), 10.0) for _ in range(60)} == {"a", "b", "c"}
+    assert other.waits("z", 10.0) == set()
     for lease in leases:
         one.policies.default.ended(lease, 11.0, failed=False)
     assert one.policies.adapter_requests() == {}

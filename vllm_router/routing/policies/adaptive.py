@@ -161,7 +161,11 @@ class Adaptive(Policy):
         waits = 0
         if cache.is_adapter:
             loaded, waits = self._slots_for(cache, info.model)
-            levels = with_adapters(levels, loaded & cache.credited, self._swap_cost.tokens)
+            cost = self._swap_cost.tokens
+            spare = self._spare_for(cache, info.model)
+            if spare:
+                levels = with_adapters(levels, spare & cache.credited, cost)
+            levels = with_adapters(levels, loaded & cache.credited, cost)
         return levels, bonus, waits
 
     def _slots_for(self, cache: ScoreCache, adapter: str | None) -> tuple[int, int]:
@@ -174,6 +178,12 @@ class Adaptive(Policy):
             return 0, 0
         loaded, waits = self._slots.slots_for(adapter, cache.everyone)
         return loaded, waits | cache.everyone & ~cache.credited if waits else 0
+
+    def _spare_for(self, cache: ScoreCache, adapter: str | None) -> int:
+        """See `AdapterServers.spare_for`."""
+        if adapter is None or not cache.is_adapter:
+            return 0
+        return self._slots.spare_for(adapter, cache.everyone)
 
     def _weigh(
         self,
@@ -518,6 +528,7 @@ class Adaptive(Policy):
             delay=uncached * self._swap_cost.per_token,
             swap=self._swap_cost.tokens if cache.is_adapter else 0.0,
             loaded=self._slots_for(cache, info.model)[0],
+            spare=self._spare_for(cache, info.model),
             waits=waits,
         )
         table = ScoreTable(cache, asked, now)
