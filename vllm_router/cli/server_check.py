@@ -18,7 +18,7 @@ from vllm_router.errors import UnusablePage
 from vllm_router.fleet.engine_metrics import parse_engine_metrics
 from vllm_router.fleet.model_list import read_model_list
 from vllm_router.http.client.error_text import describe
-from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.httpx_transport import HttpxTransport, get_request
 from vllm_router.http.client.page import read_whole
 from vllm_router.http.client.pool import Pool
 from vllm_router.runtime.probe import MAX_METRICS_BYTES
@@ -102,7 +102,7 @@ async def _probe(
 
         async def ask(path: str, *, key: bool = True) -> _Answer | str:
             headers = agent | (keyed if key else {})
-            request = httpx.Request("GET", server.url + path, headers=headers)
+            request = get_request(server.url + path, headers)
             with trio.move_on_after(timeout):
                 try:
                     return await _answer_to(carrier, request)

@@ -21,7 +21,7 @@ from vllm_router.config.discovery import (
     Options,
     SourceConfig,
 )
-from vllm_router.config.server_url import quoted
+from vllm_router.config.server_url import joined, quoted
 from vllm_router.config.servers import SERVER_KEYS, read_values
 from vllm_router.config.tls import (
     SERVER_TLS_KEYS,
@@ -44,7 +44,20 @@ _Paths = Annotated[
     _Text | Annotated[tuple[_Text, ...], Meta(min_length=1)],
     Meta(description="the path of a file or an array of paths (strings)"),
 ]
-_HeaderValue = Annotated[str, Meta(pattern=r"^[ -~]{0,4096}\Z")]
+_HeaderName = Annotated[
+    str,
+    Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}\Z", description="the name of a header"),
+]
+_HeaderValue = Annotated[
+    str,
+    Meta(
+        pattern=r"^[ -~]{0,4096}\Z",
+        description="a string of at most 4096 ASCII characters in one line",
+        extra={"secret": True},
+    ),
+]
+_FRAMING = frozenset({"connection", "content-length", "expect", "transfer-encoding", "upgrade"})
+"""Headers that the router sets itself where a request needs them."""
 
 
 def _read_web_url(text: str) -> str:
@@ -98,13 +111,13 @@ def _read_nameserver(text: str) -> tuple[str, int]:
     """An IP address, perhaps with a port; IPv6 is in brackets then."""
     host, port = text, "53"
     if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.removeprefix(":") or "53"
+        host, bracket, rest = text[1:].partition("]")
+        port = rest[1:] if rest.startswith(":") else "53" if bracket and not rest else ""
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     try:
         address = ipaddress.ip_address(host)
-        if not (port.isdecimal() and 1 <= int(port[:6]) <= 65535):
+        if not (port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
             raise ValueError
     except ValueError:
         raise ValueError(
@@ -133,7 +146,7 @@ COMMON_KEYS: dict[str, Any] = {"id": Name, "scheme": _Scheme, "defaults": None}
 FILE_KEYS: dict[str, Any] = {"path": _Paths, "interval": Interval, **COMMON_KEYS}
 
 _Headers = Annotated[
-    dict[Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}\Z")], _HeaderValue],
+    dict[_HeaderName, _HeaderValue],
     Meta(description="table of header names and values (strings)", extra={"secret": True}),
 ]
 
@@ -291,6 +304,10 @@ def _make_http(
     headers = values.pop("headers", {})
     if "api_key" in values and any(name.lower() == "authorization" for name in headers):
         reader.problem(f"{where}.headers", "expected api_key or authorization, got both")
+    for header in headers:
+        if header.lower() in _FRAMING:
+            text = f"expected a header that does not frame the request, got {quoted(header)}"
+            reader.problem(joined(f"{where}.headers", header), text, at_key=True)
     secrets = tuple([(name, Secret(value)) for name, value in headers.items()])
     return HttpSource(name="", headers=secrets, **values)
 

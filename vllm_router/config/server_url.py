@@ -34,6 +34,9 @@ def joined(path: str, key: str) -> str:
     return f"{path}.{part}" if path else part
 
 
+MAX_URL_CHARS = 2000
+"""Characters of a server's URL: the batches of `[shared]` and httpx have limits, too."""
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"  # Docker Compose names contain underscores
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
@@ -57,6 +60,8 @@ def normalise_url(url: str) -> str:
     def refuse(expected: str) -> ValueError:
         return ValueError(f"expected {expected}, got {quoted(url)}")
 
+    if len(url) > MAX_URL_CHARS:
+        raise refuse(f"a URL of at most {MAX_URL_CHARS} characters")
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _DEFAULT_PORTS:

@@ -269,6 +269,8 @@ class Reader:
             (element, _) = get_args(kind)
             items = [self.value(f"{path}[{n}]", item, element) for n, item in enumerate(value)]
             return tuple(dict.fromkeys(items))
+        if get_origin(kind) is dict and isinstance(value, dict):
+            return self._entries(path, value, *get_args(kind))
         extra = meta.extra or {}
         try:
             read = msgspec.convert(_whole(value), wanted)
@@ -294,6 +296,25 @@ class Reader:
         except ValueError as error:
             self.problem(path, str(error))
             return None
+
+    def _entries(
+        self, path: str, table: Mapping[str, object], named: Any, wanted: Any
+    ) -> dict[str, Any]:
+        """The valid entries of a table of any keys of the type `named`."""
+        entries: dict[str, Any] = {}
+        for key, value in table.items():
+            where = joined(path, key)
+            try:
+                msgspec.convert(key, named)
+            except msgspec.ValidationError:
+                (meta,) = get_args(named)[1:]
+                text = f"expected {meta.description}, got {quoted(key)}"
+                self.problem(where, text, at_key=True)
+                continue
+            read = self.value(where, value, wanted)
+            if read is not None:
+                entries[key] = read
+        return entries
 
     def variable(self, path: str, name: str, environ: Mapping[str, str], wanted: Any) -> Any:
         """The value of an environment variable, converted; None if it has a problem."""

@@ -20,6 +20,9 @@ from vllm_router.config.toml_reader import shown_value
 MAX_BYTES = 4_000_000
 """Largest document that is read; 10 000 targets have about 1 MB."""
 
+_MOST = 10**18
+"""Whole numbers in labels are smaller; Python refuses to write one of more than 4300 digits."""
+
 Groups = tuple[tuple[Found, ...], list[str]]
 """Targets, and a line for each part that was left out."""
 
@@ -49,6 +52,8 @@ def read_yaml(data: bytes) -> Groups:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise BadDocument(f"expected YAML, got something else: {text}") from None
+    except (LookupError, AttributeError):
+        raise BadDocument("expected YAML, got a value that does not fit its tag") from None
     return read_groups([] if document is None and not data.strip() else document)
 
 
@@ -95,7 +100,8 @@ def _labels(given: object) -> tuple[dict[str, str], list[str]]:
         if not (isinstance(key, str) and key.startswith("__")) or key.startswith("__meta_"):
             continue
         name = key.removeprefix("__").removesuffix("__")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        number = isinstance(value, float) or (isinstance(value, int) and -_MOST < value < _MOST)
+        if isinstance(value, bool) or not (number or isinstance(value, str)):
             problems.append(f".{quoted(key)}: expected a string, got {shown_value(value)}")
         elif not key.endswith("__") or name == "scheme":
             labels[name] = str(value)

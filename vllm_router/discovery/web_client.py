@@ -16,7 +16,7 @@ import trio
 from vllm_router.config.discovery import WebSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import ConfigError
-from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.httpx_transport import HttpxTransport, get_request
 from vllm_router.http.client.pool import Pool
 
 USER_AGENT = "vllm-router-discovery"
@@ -53,7 +53,7 @@ async def get(
 
     Redirects are not followed: they could lead the source's key elsewhere.
     """
-    request = httpx.Request("GET", url, headers={"user-agent": USER_AGENT, **headers})
+    request = get_request(url, {"user-agent": USER_AGENT, **headers})
     return await transport.handle_async_request(request)
 
 

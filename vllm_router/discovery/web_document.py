@@ -63,7 +63,7 @@ class WebDocument:
 
     async def _fetch(self, transport: httpx.AsyncBaseTransport) -> Groups | None:
         """The document; None if it has not changed."""
-        headers = {name: str.__str__(value) for name, value in self._config.headers}
+        headers = {name.lower(): str.__str__(value) for name, value in self._config.headers}
         headers = {"accept": "application/json", "accept-encoding": "gzip", **headers}
         if self._config.api_key is not None:
             headers["authorization"] = f"Bearer {str.__str__(self._config.api_key)}"

@@ -14,7 +14,7 @@ from vllm_router.fleet.model_list import MAX_LIST_BYTES
 from vllm_router.fleet.reason import Reason
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
-from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.httpx_transport import HttpxTransport, get_request
 from vllm_router.http.client.page import read_pieces
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.runtime.probe_results import is_own_fault, timeout_reason
@@ -54,9 +54,7 @@ class ProbeClient:
         if request is None:
             server = self._server
             headers = control_headers(server.config.api_key)
-            request = self._requests[path] = httpx.Request(
-                "GET", server.url + path, headers=headers
-            )
+            request = self._requests[path] = get_request(server.url + path, headers)
         return await self._transport.handle_async_request(request)
 
     async def status(self, path: str) -> int:

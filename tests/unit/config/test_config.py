@@ -670,6 +670,7 @@ def test_config_url_is_normalised(url: str, normal: str, name: str):
         ("http://::1:8000", "a URL with a valid host"),
         (f"http://{'a' * 64}", "a URL with a valid host"),
         (f"http://{'a.' * 130}a", "a URL with a valid host"),
+        (f"http://h/{'a' * 2000}", "a URL of at most 2000 characters"),
         ("http://h:0", "a URL with a port from 1 to 65535"),
         ("http://h:65536", "a URL with a port from 1 to 65535"),
         ("http://h:http", "a URL with a port from 1 to 65535"),

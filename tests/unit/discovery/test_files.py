@@ -144,7 +144,11 @@ def test_read_json_bad_document_is_refused(data: bytes, problem: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"a: [1", b"!!python/object/apply:os.system ['true']", b"- &a [*a", b"\x00", b"x: y"],
+    [
+        *(b"a: [1", b"!!python/object/apply:os.system ['true']", b"- &a [*a", b"\x00", b"x: y"),
+        *(b"- targets: [!!%s x y]" % tag for tag in (b"bool", b"timestamp", b"float", b"int")),
+        *(b'- targets: [!!%s ""]' % tag for tag in (b"bool", b"timestamp", b"float", b"int")),
+    ],
 )
 def test_read_yaml_bad_document_is_refused(data: bytes) -> None:
     with pytest.raises(BadDocument):
@@ -170,6 +174,13 @@ def test_read_groups_bad_parts_are_named_and_others_used() -> None:
         '[3].labels."__weight": expected a string, got true',
         "[4].labels: expected a table, got an array",
     ]
+
+
+def test_read_yaml_label_that_is_no_text_is_left_out() -> None:
+    # Python refuses to write a number of more than 4300 decimal digits.
+    huge = b"0x" + b"f" * 6000
+    found, problems = read_yaml(b"- {targets: [a], labels: {__weight: %s, __name: b}}" % huge)
+    assert (found[0].labels, len(problems)) == ({"name": "b"}, 1)
 
 
 def test_read_yaml_aliases_do_not_explode() -> None:

@@ -345,6 +345,12 @@ def test_table_nameservers_have_ports() -> None:
         ('{ name = "v", port = 1, type = "MX" }', 'expected one of "A", "AAAA", "SRV"'),
         ('{ name = "v", port = 1, nameservers = ["ns1"] }', "expected an IP address"),
         ('{ name = "v", port = 1, nameservers = ["1.1.1.1:0"] }', "expected an IP address"),
+        (
+            '{ name = "v", port = 1, nameservers = ["1.1.1.1:0000099999"] }',
+            "expected an IP address",
+        ),
+        ('{ name = "v", port = 1, nameservers = ["[::1]53"] }', "expected an IP address"),
+        ('{ name = "v", port = 1, nameservers = ["[::1"] }', "expected an IP address"),
         ('{ name = "v", port = 1, nameservers = [] }', "nameservers: expected array"),
     ],
 )

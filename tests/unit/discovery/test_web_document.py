@@ -74,11 +74,12 @@ async def test_http_document_is_fetched_every_interval(autojump_clock: MockClock
 
 async def test_http_sends_headers_and_key(autojump_clock: MockClock) -> None:
     inventory = Inventory()
-    headers = (("X-Scope", Secret("ml")),)
+    headers = (("X-Scope", Secret("ml")), ("User-Agent", Secret("mine")))
     async with following(inventory, headers=headers, api_key=Secret("k")) as notes:
         await notes.until(lambda it: it.sets == [["a:1"]])
     sent = inventory.requests[0].headers
     assert (sent["x-scope"], sent["authorization"]) == ("ml", "Bearer k")
+    assert sent["user-agent"] == "mine"
 
 
 async def test_http_unchanged_document_is_confirmed_by_etag(autojump_clock: MockClock) -> None:
@@ -208,8 +209,14 @@ async def test_http_second_look_comes_at_once(autojump_clock: MockClock) -> None
         ('{ url = "http://u:p@x/" }', "without a password"),
         ('{ url = "http://x:99999/" }', "discovery.http.url: expected a URL"),
         ('{ url = "http://x/", interval = 0 }', "discovery.http.interval: expected number"),
-        ('{ url = "http://x/", headers = { "a b" = "c" } }', "discovery.http.headers: expected ta"),
+        (
+            '{ url = "http://x/", headers = { "a b" = "c" } }',
+            'headers."a b": expected the name of a header',
+        ),
+        ('{ url = "http://x/", headers = { a = "b\\nc" } }', "headers.a: expected a string"),
         ('{ url = "http://x/", headers = { a = "b\\nc" } }', "not shown"),
+        ('{ url = "http://x/", headers = 5 }', "discovery.http.headers: expected table"),
+        ('{ url = "http://x/", headers = { Content-Length = "5" } }', "headers.Content-Length"),
         ('{ url = "http://x/", api_key = "a", headers = { Authorization = "b" } }', "got both"),
         ('{ url = "http://x/", ca = "/nowhere.pem" }', "discovery.http.ca"),
         ('{ url = "http://x/", api_key_env = "NOT_SET" }', "discovery.http.api_key_env"),

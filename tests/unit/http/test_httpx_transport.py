@@ -26,7 +26,7 @@ from support.scripted_server import (
     silent,
 )
 from vllm_router.errors import ConnectFailed
-from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.httpx_transport import HttpxTransport, get_request
 from vllm_router.http.client.pool import Doing, Pool
 from vllm_router.runtime.probe_results import error_text
 
@@ -62,6 +62,15 @@ async def test_httpx_transport_responses_share_one_connection(autojump_clock):
     first = server.requests[0]
     assert first.line == b"GET /prefix/health?x=1 HTTP/1.1"
     assert (first[b"host"], first[b"authorization"]) == (b"server.test:1", b"Bearer k")
+
+
+@pytest.mark.parametrize("host", ["xn--a", "xn--ls8h.test:81"])
+async def test_get_request_name_that_idna_refuses_is_sent_as_it_is(host: str, autojump_clock):
+    async with asking(answering(ok(b""))) as (_, server), HttpxTransport(MemoryPool(server)) as one:
+        response = await one.handle_async_request(get_request(f"http://{host}/x", {"a": "b"}))
+        await response.aclose()
+    (sent,) = server.requests
+    assert (sent.line, sent[b"host"], sent[b"a"]) == (b"GET /x HTTP/1.1", host.encode(), b"b")
 
 
 async def test_httpx_transport_refusal_has_status_and_body(autojump_clock):

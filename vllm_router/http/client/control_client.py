@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -28,7 +29,7 @@ def control_client(
     """
     return httpx.AsyncClient(
         base_url=url,
-        headers=control_headers(api_key),
+        headers={"host": urlsplit(url).netloc, **control_headers(api_key)},
         timeout=timeout,
         verify=tls,
         trust_env=False,

@@ -6,7 +6,8 @@ httpcore.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from urllib.parse import urlsplit
 
 import httpx
 import trio
@@ -15,6 +16,15 @@ from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, Protocol
 from vllm_router.http.client.connection import Connection
 from vllm_router.http.client.pool import Doing, Pool
 from vllm_router.http.response_head import ResponseHead
+
+
+def get_request(url: str, headers: Mapping[str, str]) -> httpx.Request:
+    """A GET request with a Host header, unless `headers` has one.
+
+    httpx would decode an international name (xn--…) for it, and raises for names that it takes for
+    invalid, some of which are in use.
+    """
+    return httpx.Request("GET", url, headers={"host": urlsplit(url).netloc, **headers})
 
 
 class HttpxTransport(httpx.AsyncBaseTransport):
