@@ -47,6 +47,9 @@ FEED_PROTOCOL = "vllm-router.feed"
 KEY_PROTOCOL = b"vllm-router.key."
 """Prefix of a subprotocol that carries a key: browsers can set no other websocket header."""
 
+MOST_PROTOCOLS = 16
+"""Subprotocols that are looked at: each key in them is compared with every known one."""
+
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 """Headers in which the router looks for its own keys."""
 
@@ -98,7 +101,8 @@ def keys_in(headers: Mapping[bytes, bytes]) -> list[bytes]:
         found.append(key.strip())
     if key := headers.get(b"x-api-key", b""):
         found.append(key.strip())
-    for offered in headers.get(b"sec-websocket-protocol", b"").split(b","):
+    protocols = headers.get(b"sec-websocket-protocol", b"").split(b",", MOST_PROTOCOLS)
+    for offered in protocols[:MOST_PROTOCOLS]:
         if (name := offered.strip()).startswith(KEY_PROTOCOL):
             found += _decode_key(name.removeprefix(KEY_PROTOCOL))
     return [key for key in found if key]

@@ -274,7 +274,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
     async def sign_in() -> Response:
         try:
             code = msgspec.json.decode(await answers.body(), type=_SignIn).code
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise Refused(400, "bad_request", f"sign-in: {error}") from None
         key = router.sessions.exchange(code)
         if key is None:

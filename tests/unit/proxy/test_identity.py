@@ -51,6 +51,13 @@ def test_keyring_identifies_rights_of_each_key(ring: Keyring):
     assert found[b"sk-status"] == Identity(status=True, given=True)
 
 
+def test_keys_in_looks_at_few_of_very_many_subprotocols():
+    """Each costs a comparison with every known key, before the client has proved anything."""
+    many = [subprotocol(b"%d" % number) for number in range(3000)]
+    found = keys_in({b"sec-websocket-protocol": b",".join(many)})
+    assert found == [b"%d" % number for number in range(16)]
+
+
 def test_keyring_last_known_of_several_keys_counts(ring: Keyring):
     headers = {b"authorization": b"Bearer sk-a", b"x-api-key": b"sk-b"}
     assert ring.identify(headers).key is KEYS[1]

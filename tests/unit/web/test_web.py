@@ -561,7 +561,10 @@ async def test_sign_in_exchanges_code_once_for_key():
     assert (again.status, again.error["code"]) == (403, "sign_in_expired")
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b'{"code": 1}', b'{"code": "\\ud800"}', b"[" * 9999])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b'{"code": 1}', b'{"code": "\\ud800"}', b"[" * 9999, b'{"x":' + b"[" * 99_999],
+)
 async def test_sign_in_odd_body_is_refused(body):
     reply = await Lab().post("/sign-in", body, identity=ANONYMOUS)
     assert reply.status in (400, 403)
