@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -387,6 +388,43 @@ def test_run_impossible_host_is_one_line(host: str):
 def test_explain_body_nested_too_deeply_is_one_line(scratch: Path):
     (scratch / "body.json").write_text("[" * 100_000 + "]" * 100_000)
     assert_one_line(call("explain", "--body", "body.json"), "--body", "nested too deeply")
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import importlib.abc, signal, sys
+
+module = sys.argv[1]
+sys.argv[:2] = ["vllm-router"]
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+from vllm_router.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "vllm_router.cli.status", "httpx"])
+def test_cli_interrupted_while_it_imports_ends_quietly(module: str):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, "status", "http://127.0.0.1:1"],
+        env={**os.environ, "PYTHONPATH": str(Path(vllm_router.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_cli_imported_by_a_program_leaves_its_interrupts_alone():
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
 
 
 # -- standard streams -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import httptools
 from vllm_router.errors import ConnectionLost, ProtocolViolation
 from vllm_router.http.head_cache import ResponseCache
 from vllm_router.http.response_head import ResponseHead
-from vllm_router.http.syntax import Headers
+from vllm_router.http.syntax import MAX_LENGTH_DIGITS, Headers
 
 MAX_HEAD = 1024 * 1024
 """Bytes of a response head. vLLM sends binary embeddings with a field `metadata` that takes some
@@ -101,7 +101,10 @@ class ResponseParser:
         chunked = False
         for name, value in headers:
             if name == b"content-length":
-                length = int(value)
+                if len(value) > MAX_LENGTH_DIGITS:
+                    self._fault = f"a content-length of more than {MAX_LENGTH_DIGITS} digits"
+                else:
+                    length = int(value)
             elif name == b"transfer-encoding":
                 # llhttp accepts any final coding and reads to the end of the stream.
                 if (
