@@ -171,6 +171,8 @@ LENGTH = b"content-length: 5\r\n"
         b"HTTP/1.1 200 OK\r\ncontent-length: 5, 5\r\n\r\nhello",
         b"HTTP/1.1 200 OK\r\ncontent-length: five\r\n\r\nhello",
         b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 18446744073709551615\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\ncontent-length: " + b"0" * 5000 + b"5\r\n\r\nhello",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\nhello",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
@@ -197,6 +199,11 @@ async def test_client_invalid_or_ambiguous_response_is_protocol_error(raw, cut):
     pieces = [raw] if cut == "whole" else [raw[i : i + 1] for i in range(len(raw))]
     with pytest.raises(ProtocolViolation):
         await received(*pieces)
+
+
+async def test_client_huge_content_length_is_named():
+    with pytest.raises(ProtocolViolation, match="content-length of more than 18 digits"):
+        await received(b"HTTP/1.1 200 OK\r\ncontent-length: " + b"0" * 5000 + b"5\r\n\r\nhello")
 
 
 @pytest.mark.parametrize("size", [1_200_000, 3_000_000])
