@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vllm_router.errors import ConfigError, RouterError
+from vllm_router.runtime.early_signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from vllm_router.config.schema import Config
@@ -107,6 +108,7 @@ def run_client(work: Callable[..., Coroutine[Any, Any, T]], *args: object) -> T:
     import trio
 
     try:
+        raise_on_interrupt()
         return trio.run(work, *args)
     except RouterError as error:
         raise Failure(str(error)) from None

@@ -4,12 +4,19 @@ Exit codes: 0 success; 1 negative result (invalid configuration, failed probe); 
 not run; 130 interrupted. Each expected error is one line on stderr.
 """
 
+# ruff: noqa: E402 (signals must neither kill nor raise while the rest is imported)
+
 from __future__ import annotations
 
 import sys
 
-from vllm_router.runtime.early_signals import hold
+from vllm_router.runtime.early_signals import (
+    end_quietly_on_interrupt,
+    hold,
+    raise_on_interrupt,
+)
 
+end_quietly_on_interrupt()
 if sys.argv[1:2] == ["run"]:
     hold()
 
@@ -24,6 +31,8 @@ from vllm_router import __version__
 from vllm_router.cli.common import discard_output, open_closed_streams, say_error
 from vllm_router.errors import RouterError
 from vllm_router.observability.formatting import visible
+
+raise_on_interrupt()  # for a program that only imports this module
 
 COMMANDS = {
     "check-config": "vllm_router.cli.check:check_config",
@@ -144,6 +153,7 @@ def cli(context: click.Context) -> None:
 
 def main() -> NoReturn:
     """The entry point of `vllm-router`."""
+    end_quietly_on_interrupt()
     open_closed_streams()
     cli(prog_name="vllm-router")
     raise AssertionError("click exits")

@@ -15,6 +15,7 @@ import click
 from vllm_router import __version__
 from vllm_router.cli.common import Failure, discard_output
 from vllm_router.errors import RouterError
+from vllm_router.runtime.early_signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from vllm_router.config.schema import Config
@@ -69,6 +70,7 @@ def start(
         quiet = log is None and output.form == "json"
         _announce(url, demo or len(config.servers), hint=bool(demo), quiet=quiet)
 
+    raise_on_interrupt()
     try:
         if log is None:
             trio.run(serve, options, listening)

@@ -13,6 +13,7 @@ from types import FrameType
 _HELD = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _early: set[int] = set()
+_quiet = False
 
 
 def _note(number: int, _: FrameType | None) -> None:
@@ -31,6 +32,29 @@ def hold() -> None:
                 signal.signal(number, _note)
             except ValueError:
                 return
+
+
+def end_quietly_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, until `raise_on_interrupt`.
+
+    A KeyboardInterrupt in the middle of an import is a traceback, or is lost: Python ignores it in
+    the callback that releases the lock of a module.
+    """
+    global _quiet
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        except ValueError:
+            return
+        _quiet = True
+
+
+def raise_on_interrupt() -> None:
+    """Undo `end_quietly_on_interrupt`, if it has changed anything, before work that has an end."""
+    global _quiet
+    if _quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _quiet = False
 
 
 def came(number: signal.Signals) -> bool:

@@ -20,6 +20,7 @@ from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.terminal import on_terminal
 from vllm_router.cli.monitor.texts import LANGUAGES, Texts, language_of
 from vllm_router.cli.options import for_router
+from vllm_router.runtime.early_signals import raise_on_interrupt
 
 LAST_LINES = 10
 """Lines of a dead router's log that are shown."""
@@ -68,6 +69,7 @@ def monitor(
     vllm-router monitor --interval 60 >> load.log
     """
     feed = Feed(url, key, ca)
+    raise_on_interrupt()
     try:
         if on_terminal():
             if isinstance(sys.stdout, io.TextIOWrapper):
