@@ -74,8 +74,30 @@ class Discovery:
 
         A running router does not wait for them.
         """
-        new = (config.discovery or _NO_SOURCES).sources
-        return {source.name: () for source in new if source.name not in self._tasks} | self.found()
+        new = config.discovery or _NO_SOURCES
+        tasks = self._tasks_of(new)
+        return {
+            source.name: targets
+            for source in new.sources
+            if (targets := _targets_for(tasks.get(source.name))) is not None
+        }
+
+    def _tasks_of(self, new: DiscoveryConfig) -> dict[str, SourceTask]:
+        """The present tasks of the sources of a new configuration, by the new names.
+
+        Names follow the order of the file where a source has no id, so that another source may
+        have the name now: the same settings count before the name.
+        """
+        left = dict(self._tasks)
+        found = {}
+        for source in sorted(new.sources, key=lambda one: one.name not in left):
+            same = [name for name, task in left.items() if task.has_settings_of(source)]
+            if same:
+                found[source.name] = left.pop(source.name if source.name in same else same[0])
+        for source in new.sources:
+            if source.name not in found and source.name in left:
+                found[source.name] = left.pop(source.name)
+        return found
 
     def use(self, config: Config) -> None:
         """Follow the sources of a new configuration. A changed source keeps its last set."""
@@ -83,19 +105,17 @@ class Discovery:
         if new == old:
             return
         self._config = new
-        before, self._tasks = self._tasks, {}
+        before, known, self._tasks = self._tasks, self._tasks_of(new), {}
         for source in new.sources:
-            task = before.pop(source.name, None)
-            if task is None:
-                task = self._task(source, ())
-            elif task.config == source and new.label_keys == old.label_keys:
-                task.follow(new)
+            task = known.get(source.name)
+            if task is None or task.config != source or new.label_keys != old.label_keys:
+                task = self._task(source, _targets_for(task))
             else:
-                task.stop()
-                task = self._task(source, task.intake.targets)
+                task.follow(new)
             self._tasks[source.name] = task
         for task in before.values():
-            task.stop()
+            if task not in self._tasks.values():
+                task.stop()
         self._wanted.set()
 
     def note_conflicts(self, problems: Mapping[str, tuple[str, ...]]) -> None:
@@ -133,3 +153,8 @@ class Discovery:
                 continue
             if [task for task in self._tasks.values() if task.stop_waiting()]:
                 self._changed()
+
+
+def _targets_for(task: SourceTask | None) -> Targets | None:
+    """The targets in force of a source that has this task; none yet of a new source."""
+    return () if task is None else task.intake.targets

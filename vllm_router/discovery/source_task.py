@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
+import msgspec
 import trio
 
 from vllm_router.config.discovered import read_targets
@@ -77,6 +78,10 @@ class SourceTask:
                     logger.exception("source %s failed", self.config.name)
                     self.failed(f"internal error {type(error).__name__} (see the log)")
                 await trio.sleep(RESTART_PAUSE)
+
+    def has_settings_of(self, config: SourceConfig) -> bool:
+        """Whether this is the same source, perhaps with another name."""
+        return msgspec.structs.replace(self.config, name=config.name) == config
 
     def stop(self) -> None:
         self._scope.cancel(reason="source removed or changed")

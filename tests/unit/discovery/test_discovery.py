@@ -358,6 +358,49 @@ async def test_discovery_changed_source_starts_anew_and_keeps_its_set(
         assert rig.names == ["z:1"]
 
 
+def two_files(*sources: str) -> str:
+    return "".join(f"[[discovery.file]]\n{source}\n" for source in sources)
+
+
+A, B = 'path = "a.json"', 'path = "b.json"'
+
+
+async def test_discovery_first_of_two_sources_removed_leaves_with_its_servers_alone(
+    autojump_clock: MockClock,
+) -> None:
+    """The second one gets the name of the first, as neither has an id."""
+    async with running(two_files(A, B)) as rig:
+        rig.made["file"].say("a:1")
+        rig.made["file-2"].say("b:1", "b:2")
+        await rig.settle()
+        rig.up()
+        rig.reload(two_files(B))
+        assert rig.names == ["b:1", "b:2"]
+        await rig.settle()
+        assert rig.names == ["b:1", "b:2"]
+        rig.made["file"].say("b:1", "b:2", "b:3")
+        await rig.settle()
+        assert rig.names == ["b:1", "b:2", "b:3"]
+
+
+@pytest.mark.parametrize("after", [(B, A), ('id = "other"\n' + A, B), (A, B + '\nid = "other"')])
+async def test_discovery_sources_with_other_names_keep_their_servers(
+    after: tuple[str, ...], autojump_clock: MockClock
+) -> None:
+    async with running(two_files(A, B)) as rig:
+        rig.made["file"].say("a:1")
+        rig.made["file-2"].say("b:1")
+        await rig.settle()
+        before = dict(rig.fleet.servers)
+        rig.reload(two_files(*after))
+        assert rig.fleet.servers == before
+        assert rig.config.discovery is not None
+        sources = {source.name for source in rig.config.discovery.sources}
+        assert {server.source for server in rig.config.servers} == sources
+        await rig.settle()
+        assert rig.fleet.servers == before
+
+
 async def test_discovery_changed_defaults_apply_to_found_servers(autojump_clock: MockClock) -> None:
     async with running(FILE) as rig:
         rig.made["file"].say("a:1")
