@@ -106,18 +106,7 @@ def read_auth(
     found.read("auth.keys", listed)
     path = values.pop("keys_file", None)
     if path is not None:
-        try:
-            shown, data = read_file(path)
-            tables = {"keys": KEY_KEYS}
-            found.reader = Reader(shown, tables, data=data)
-            document = found.reader.expand("", load_document(data, shown, tables), environ)
-            for table_name in document.keys() - {"keys"}:
-                found.reader.unknown_key("", table_name, ("keys",))
-            found.read("keys", document.get("keys", []))
-            reader.include(found.reader)
-        except ConfigError as error:
-            for problem in error.problems:
-                reader.line(problem, error.excerpts.get(problem, ""))
+        _read_keys_file(reader, found, path, environ, read_file)
     keys = tuple(found.keys)
     admin, status = values.get("admin_key"), values.get("status_key")
     if admin is not None and (admin == status or any(key.digest == admin for key in keys)):
@@ -132,6 +121,32 @@ def read_auth(
     if values.get("protect_status") and admin is None and status is None:
         reader.problem("auth.protect_status", "expected admin_key or status_key, got neither")
     return AuthConfig(keys=keys, **values)
+
+
+def _read_keys_file(
+    reader: Reader,
+    found: _Keys,
+    path: str,
+    environ: Mapping[str, str],
+    read_file: Callable[[str], tuple[str, bytes]],
+) -> None:
+    try:
+        shown, data = read_file(path)
+    except ConfigError as error:
+        reader.problem("auth.keys_file", "; ".join(error.problems))
+        return
+    tables = {"keys": KEY_KEYS}
+    found.reader = Reader(shown, tables, data=data)
+    try:
+        document = found.reader.expand("", load_document(data, shown, tables), environ)
+    except ConfigError as error:
+        for problem in error.problems:
+            reader.line(problem, error.excerpts.get(problem, ""))
+        return
+    for table_name in document.keys() - {"keys"}:
+        found.reader.unknown_key("", table_name, ("keys",))
+    found.read("keys", document.get("keys", []))
+    reader.include(found.reader)
 
 
 class _Keys:

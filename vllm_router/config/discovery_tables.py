@@ -287,7 +287,7 @@ def _make_file(
     reader: Reader, where: str, values: dict[str, Any], around: Surroundings
 ) -> SourceConfig | None:
     if "path" not in values:
-        reader.problem(f"{where}.path", "expected the path of a file or a pattern, got none")
+        reader.missing(f"{where}.path", "expected the path of a file or a pattern, got none")
         return None
     given = values.pop("path")
     paths = (given,) if isinstance(given, str) else given
@@ -299,7 +299,7 @@ def _make_http(
     reader: Reader, where: str, values: dict[str, Any], around: Surroundings
 ) -> SourceConfig | None:
     if "url" not in values:
-        reader.problem(f"{where}.url", 'expected a URL like "https://host/path", got none')
+        reader.missing(f"{where}.url", 'expected a URL like "https://host/path", got none')
         return None
     headers = values.pop("headers", {})
     if "api_key" in values and any(name.lower() == "authorization" for name in headers):
@@ -317,7 +317,7 @@ def _make_dns(
 ) -> SourceConfig | None:
     domain = values.pop("name", None)
     if domain is None:
-        reader.problem(f"{where}.name", "expected a name in DNS, got none")
+        reader.missing(f"{where}.name", "expected a name in DNS, got none")
         return None
     kind = values.setdefault("type", "SRV" if domain.startswith("_") else "A")
     if kind == "SRV" and "port" in values:
@@ -336,7 +336,7 @@ def _make_kubernetes(
 ) -> SourceConfig | None:
     service, selector = values.pop("service", None), values.pop("selector", None)
     if (service is None) == (selector is None):
-        reader.problem(f"{where}.service", "expected either service or selector")
+        reader.missing(f"{where}.service", "expected either service or selector")
     if service is not None:
         selector = f"kubernetes.io/service-name={service}"
     if "api_key" in values and "token_file" in values:
@@ -345,7 +345,7 @@ def _make_kubernetes(
     if api is None:
         api = _in_cluster(reader, where, values, around)
     if "namespace" not in values:
-        reader.problem(f"{where}.namespace", "expected the name of a namespace, got none")
+        reader.missing(f"{where}.namespace", "expected the name of a namespace, got none")
     if api is None or selector is None or "namespace" not in values:
         return None
     if values.get("token_file") is not None:
@@ -360,7 +360,7 @@ def _in_cluster(
     """The URL of the API server by a pod's environment; adds what else a pod is given."""
     host, port = (around.environ.get(f"KUBERNETES_SERVICE_{key}", "") for key in ("HOST", "PORT"))
     if not host:
-        reader.problem(
+        reader.missing(
             f"{where}.api",
             "expected the URL of the API server, as the router runs in no pod (the environment has "
             "no KUBERNETES_SERVICE_HOST)",

@@ -148,12 +148,14 @@ class Reader:
         self._excerpts: dict[str, str] = {}
         self._parts: dict[str, Problem] = {}
         self._unexpanded: set[str] = set()
+        self._faulty: set[str] = set()
         self._unlisted = 0
 
     def problem(self, path: str, text: str, *, at_key: bool = False) -> None:
         """Add a problem of the value at `path`, or with `at_key` of the key itself."""
         if path in self._unexpanded:  # one problem is enough
             return
+        self._faulty.add(path)
         if len(self._problems) >= MAX_PROBLEMS:
             self._unlisted += 1
             return
@@ -161,6 +163,11 @@ class Reader:
         where = self._source if found is None else f"{self._source}:{found.line}:{found.column}"
         line = f"{where}: {path}: {text}"
         self.line(line, found.excerpt if found is not None else "", Problem(where, path, text))
+
+    def missing(self, path: str, text: str) -> None:
+        """Add the problem that there is no value at `path`, unless one with a problem is there."""
+        if path not in self._faulty:
+            self.problem(path, text)
 
     def _where(self) -> Positions:
         if self._positions is None:

@@ -105,7 +105,7 @@ def _one_of(*names: str) -> Meta:
 
 
 def _read_access(value: bool | str) -> bool | str:
-    if isinstance(value, str) and (not value or "\0" in value):
+    if isinstance(value, str) and not (value and value.isprintable()):  # it appears in log lines
         raise ValueError(f"expected true, false or the path of a file, got {quoted(value)}")
     return value
 

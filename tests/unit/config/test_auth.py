@@ -104,7 +104,7 @@ def test_auth_keys_file_is_relative_to_configuration_and_adds_keys():
         ),
         ('admin_key = "x"\nstatus_key = "x"', "auth.admin_key: expected a key of its own"),
         ('admin_key = "x"\nadmin_key_env = "K"', "expected admin_key or admin_key_env, got both"),
-        ('keys_file = "none.toml"', "etc/none.toml: cannot be read: No such file"),
+        ('keys_file = "none.toml"', "auth.keys_file: etc/none.toml: cannot be read: No such file"),
         ("keys = 3", "auth.keys: expected array of tables, got 3"),
         ("keys = [3]", "auth.keys[0]: expected table, got 3"),
         ('key = "x"', 'auth.key: unknown key "key"'),

@@ -768,6 +768,7 @@ def test_config_log_table_is_read(text: str, expected: LogSettings):
         ('level = "loud"', 'log.level: expected one of "debug", "info", "warning", "error", got'),
         ("level = 3", "log.level: expected one of debug, info, warning, error (string), got 3"),
         ('access = ""', 'log.access: expected true, false or the path of a file, got ""'),
+        ('access = "a\\nb"', 'log.access: expected true, false or the path of a file, got "a\\nb"'),
         ("access = 3", "log.access: expected true, false or the path of a file (string), got 3"),
         ("colour = true", 'log.colour: unknown key "colour"'),
     ],

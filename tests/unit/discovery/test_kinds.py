@@ -11,11 +11,13 @@ from vllm_router.config.discovery import (
     KubernetesSource,
     SourceConfig,
 )
+from vllm_router.config.parser import parse
 from vllm_router.discovery.files import Files
 from vllm_router.discovery.kinds import kind_and_place, make_source
 from vllm_router.discovery.kubernetes.source import Kubernetes
 from vllm_router.discovery.names import Names
 from vllm_router.discovery.web_document import WebDocument
+from vllm_router.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,27 @@ def test_source_of_unknown_kind_is_a_defect():
     for ask in (make_source, kind_and_place):
         with pytest.raises(TypeError, match="no source for SourceConfig"):
             ask(SourceConfig(name="x"))
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("file = { path = 5 }", "file.path"),
+        ("file = { path = ['a', 5] }", "file.path"),
+        ('http = { url = "ftp://x" }', "http.url"),
+        ('dns = { name = "a b", port = 1 }', "dns.name"),
+        (
+            'kubernetes = { namespace = "A", service = "s", api = "http://h" }',
+            "kubernetes.namespace",
+        ),
+        ('kubernetes = { namespace = "a", service = "S", api = "http://h" }', "kubernetes.service"),
+        ('kubernetes = { namespace = "a", service = "s", api = "h" }', "kubernetes.api"),
+    ],
+)
+def test_table_bad_required_value_is_one_problem(source: str, key: str):
+    """It is not also said to be missing."""
+    with pytest.raises(ConfigError) as raised:
+        parse(f"[discovery]\n{source}\n".encode(), "servers.toml", {})
+    (problem,) = raised.value.problems
+    assert f" discovery.{key}: expected " in problem
+    assert "got none" not in problem
