@@ -153,6 +153,13 @@ class CapacityEstimate:
             return EQUAL_SHARE * ratio
         return EQUAL_SHARE * min(ratio, self._used / largest * self.speed.pool.fastest)
 
+    def join(self, pool: CapacityPool) -> None:
+        """Compare with the servers of a fleet, and no more with others."""
+        self.pool.note(self, None)
+        self.pool = pool
+        if self._used is not None and self.configured is None:
+            pool.note(self, self._used)
+
     def observe(self, running: float, waiting: float, kv_usage: float | None, now: float) -> None:
         """Read one scrape of the engine's gauges."""
         if waiting <= 0:

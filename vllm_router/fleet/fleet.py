@@ -117,13 +117,16 @@ class Fleet:
         for wanted in config.servers:
             server = old.get(wanted.url)
             if server is None:
-                server = self._returning(wanted) or self._created(wanted, settings)
+                returning = self._returning(wanted)
+                server = returning or self._created(wanted, settings)
                 if self._drained.pop(wanted.url, False):
                     server.drain(on=True)
                 server.joined = bool(old)
                 server.change_log = self.change_log
-                server.capacity_estimate.pool = self.capacities
+                server.capacity_estimate.join(self.capacities)
                 server.capacity_estimate.speed.join(self.speeds)
+                if returning is not None:
+                    returning.apply(wanted, settings)
                 added.append(server)
             else:
                 kept.append(server)
@@ -135,14 +138,16 @@ class Fleet:
         for server in removed:
             self._remember_drain(server)
             server.drain(on=True)
-            self.capacities.note(server.capacity_estimate, None)
+            server.capacity_estimate.join(CapacityPool())
             server.capacity_estimate.speed.join(SpeedPool())
         self.leaving.extend(removed)
         self._by_url = by_url
-        if self.capacities.take_configured([one.max_concurrent_requests for one in config.servers]):
-            for server in by_url.values():
-                if server.config.max_concurrent_requests is None:
-                    server.follow_capacity()
+        changed = self.capacities.take_configured(
+            [one.max_concurrent_requests for one in config.servers]
+        )
+        for server in by_url.values() if changed else added:
+            if server.config.max_concurrent_requests is None:
+                server.follow_capacity()
         self._context_lengths.reset()
         self._prepared.clear()
         self._prepared_for = None

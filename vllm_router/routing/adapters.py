@@ -219,7 +219,11 @@ class LoadedAdapters:
         self._count()
 
     def leave(self) -> None:
-        """The server has left the fleet; requests may still run there."""
+        """The server has left the fleet; requests may still run there.
+
+        Its bit may stand for another server next.
+        """
+        self._elsewhere = {}
         self.clear()
         self._servers.count_spare(self, spare=False)
         self._servers = AdapterServers()

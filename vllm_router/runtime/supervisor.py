@@ -316,6 +316,7 @@ class Supervisor:
             self.output.follow(new.log)
         self._choose_recorded_fields(new)
         for server in change.added:
+            self.probes.stop(server)  # of a removed one that returns: its key may have changed
             self.probes.start(server)
         before = {server.url: server for server in old.servers}
         for server in change.kept:

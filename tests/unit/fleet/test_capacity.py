@@ -206,6 +206,30 @@ def test_removed_server_leaves_no_capacity_behind():
     assert fleet.capacities.largest is None
 
 
+def test_removed_server_that_still_answers_leaves_no_capacity_behind():
+    fleet = make_fleet(2)
+    b = fleet.servers["b"]
+    leases = [b.lease(0.0) for _ in range(3)]
+    b.refused(0.0, None)
+    assert fleet.capacities.largest == 3
+    fleet.apply(make_config(1))
+    leases += [b.lease(1.0) for _ in range(3)]
+    b.refused(20.0, None)
+    assert fleet.capacities.largest is None
+    fleet.apply(make_config(2))
+    assert fleet.servers["b"] is b
+    assert fleet.capacities.largest == b.capacity_estimate.full_at
+    for lease in leases:
+        lease.release()
+
+
+def test_server_that_joins_configured_ones_has_their_median_at_once():
+    known = [{"url": f"http://{name}.test:1", "max_concurrent_requests": 200} for name in "ab"]
+    fleet = make_fleet(known)
+    fleet.apply(make_config([*known, {"url": "http://c.test:1", "name": "c"}]))
+    assert fleet.servers["c"].weighted_capacity == 200
+
+
 def test_key_share_follows_configuration_alone():
     server = make_fleet(1).servers["a"]
     for second in range(5):

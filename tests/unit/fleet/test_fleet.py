@@ -69,6 +69,23 @@ def test_fleet_server_readded_while_draining_keeps_its_state():
     lease.release()
 
 
+def test_fleet_server_readded_while_draining_takes_its_new_settings():
+    fleet = make_fleet(2)
+    b = of(fleet, "b")
+    lease = b.lease(0.0)
+    fleet.apply(make_config(1))
+    renamed = [
+        {"url": "http://a.test:1", "name": "b"},
+        {"url": b.url, "name": "z", "weight": 3.0, "max_concurrent_requests": 5},
+    ]
+    change = fleet.apply(make_config(renamed))
+    assert change.added == (b,)
+    assert sorted(fleet.servers) == ["b", "z"]
+    assert of(fleet, "z") is b
+    assert (b.capacity, b.weighted_capacity) == (5, 15)
+    lease.release()
+
+
 def test_fleet_identifies_server_by_url_and_allows_new_name():
     fleet = make_fleet(1)
     a = of(fleet, "a")

@@ -283,6 +283,22 @@ def test_adapter_keeps_the_server_with_most_requests_of_all_processes():
     assert index.slots_for("lora-a", 0b111) == (0b011, 0b101)
 
 
+def test_adapter_slots_of_server_that_left_do_not_count_for_next_with_its_bit():
+    index = AdapterServers()
+    gone = LoadedAdapters(1, index)
+    gone.slots = 1
+    gone.set_elsewhere({"lora-a": 1, "lora-b": 1})
+    assert gone.is_full and gone.is_awaited
+    gone.leave()
+    new = LoadedAdapters(1, index)
+    assert not new.is_full
+    assert index.slots_for("lora-c", 1) == (0, 0)
+    new.begin("lora-c")
+    other = LoadedAdapters(2, index)
+    other.begin("lora-c")
+    assert index.slots_for("lora-c", 3) == (3, 0)
+
+
 def test_adapter_goes_where_no_slot_is_needed_by_other_routers():
     it = Fleet(count=2)
     it.now += 1.0
