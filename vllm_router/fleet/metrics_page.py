@@ -15,7 +15,13 @@ WHOLE_EVERY = 10
 """Every so many scrapes the whole page is read: samples may have been added."""
 
 SLACK = 128
-"""Bytes by which a page may grow or shrink before it is read as a whole: a new sample has more."""
+"""Bytes by which a page may grow or shrink before it is read as a whole."""
+
+ADAPTER_SLACK = 64
+"""The same for a page with LoRA adapters: every set of adapters that run together is a new sample,
+of 90 bytes at least, and the last one counts."""
+
+_ADAPTERS = b"vllm:lora_requests_info"
 
 WINDOW = 256
 """Bytes by which a line may have moved since the last scrape."""
@@ -45,6 +51,7 @@ class MetricsPage:
         """The lines of the samples, as they were last."""
         self._metrics = EngineMetrics()
         self._length = 0
+        self._slack = SLACK
         self._left = 0
         """Scrapes until the whole page is read."""
 
@@ -68,7 +75,7 @@ class MetricsPage:
 
     def _read_known(self, page: bytes) -> EngineMetrics | None:
         """The figures, by the known positions; None if the page must be read as a whole."""
-        if self._left <= 0 or abs(len(page) - self._length) > SLACK:
+        if self._left <= 0 or abs(len(page) - self._length) > self._slack:
             return None
         self._left -= 1
         cut = self._cut_out(page)
@@ -113,6 +120,7 @@ class MetricsPage:
         if cut is None or _parsed(cut) != metrics:
             return
         self._cut, self._length, self._left = cut, len(page), WHOLE_EVERY - 1
+        self._slack = ADAPTER_SLACK if _ADAPTERS in page else SLACK
 
 
 def _parsed(lines: bytes) -> EngineMetrics:

@@ -84,6 +84,18 @@ def test_metrics_page_running_and_waiting_adapters_are_separate():
     assert (read_page.adapters, read_page.waiting_adapters) == (("a", "b"), ("b", "c"))
 
 
+def test_metrics_page_new_set_of_adapters_is_read_at_once():
+    pages = MetricsPage()
+    head, samples = LOADED + ADAPTERS[: ADAPTERS.index(b"vllm:lora_requests_info{")], b""
+    line = b'vllm:lora_requests_info{max_lora="4",running_lora_adapters="%b",'
+    found = []
+    for number, name in enumerate((b"", b"a", b"b", b"c")):
+        if name:
+            samples += line % name + b'waiting_lora_adapters=""} 1.7%de9\n' % number
+        found.append([read(pages, head + samples).adapters for _ in range(2)])
+    assert found == [[()] * 2, [("a",)] * 2, [("b",)] * 2, [("c",)] * 2]
+
+
 def test_metrics_page_small_new_sample_is_read_with_the_next_whole_page():
     pages = MetricsPage()
     before = read(pages, LOADED)

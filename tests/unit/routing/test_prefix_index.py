@@ -166,6 +166,19 @@ def test_prefix_index_memory_is_shared_between_servers():
     assert len(book.table) == 20
 
 
+def test_prefix_index_memory_of_removed_servers_is_used_by_the_others():
+    fleet = make_fleet(4)
+    servers = tuple(fleet.servers.values())
+    book = PrefixIndex(PolicySettings(prefix_memory_mb=0.0072))
+    for server in servers:
+        book.insert(server, prompt(), 1.0)
+    for server in servers[1:]:
+        book.forget(server)
+    for seed in range(4):
+        book.insert(servers[0], prompt(seed), 2.0)
+    assert len(book.table) == 20
+
+
 def test_prefix_index_bit_of_removed_server_is_reused():
     fleet = make_fleet(3)
     a, b, c = fleet.servers.values()

@@ -45,8 +45,12 @@ class PrefixIndex:
             self._taken |= bit
             self._bits[server] = bit
             self._restarts[server] = server.restarts
-            self.table.entries_per_server = max(1, self._max_entries // len(self._bits))
+            self._share_entries()
         return bit
+
+    def _share_entries(self) -> None:
+        share = self._max_entries // max(1, len(self._bits))
+        self.table.entries_per_server = max(1, share)
 
     def follow(self, servers: Iterable[Server], now: float) -> None:
         """Drop the entries of restarted servers and, periodically, expired entries."""
@@ -119,6 +123,7 @@ class PrefixIndex:
         if bit is not None:
             self._taken ^= bit
             self.table.forget(bit)
+            self._share_entries()
 
     def judge(self, server: Server, expected: float, found: int) -> None:
         """Compare expected with reported cached tokens of a response.
