@@ -65,7 +65,7 @@ class ModelCatalog:
             self.lengths = lengths
             changed = True
         twins = _twins(cards)
-        adapters = frozenset(name for name, card in cards.items() if card.get("parent"))
+        adapters = frozenset(name for name, card in cards.items() if parent_of(card))
         if (twins, adapters) != (self.twins, self.adapters):
             self.twins, self.adapters = twins, adapters
             changed = True
@@ -88,9 +88,15 @@ class ModelCatalog:
         names, cards, found = self._own
         if names is not self.names or cards is not self.cards:
             names, cards = self.names, self.cards
-            found = tuple(name for name in names or () if cards.get(name, {}).get("parent") is None)
+            found = tuple(name for name in names or () if not parent_of(cards.get(name, {})))
             self._own = names, cards, found
         return found
+
+
+def parent_of(card: dict[str, Any]) -> str:
+    """The model of a LoRA adapter; empty for other models. Engines may write anything there."""
+    parent = card.get("parent")
+    return parent if isinstance(parent, str) else ""
 
 
 def _twins(cards: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -98,7 +104,7 @@ def _twins(cards: dict[str, dict[str, Any]]) -> dict[str, str]:
     names_of: dict[str, list[str]] = {}
     for name, card in cards.items():
         root = card.get("root")
-        if isinstance(root, str) and card.get("parent") is None:
+        if isinstance(root, str) and not parent_of(card):
             names_of.setdefault(root, []).append(name)
     return {name: min(names) for names in names_of.values() if len(names) > 1 for name in names}
 

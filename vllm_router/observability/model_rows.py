@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.model_catalog import parent_of
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
 
@@ -134,7 +135,7 @@ def _count(server: Server, row: ModelRow, state: State, tokens_per_s: float | No
 def _count_adapters(server: Server, row_of: dict[str, ModelRow]) -> None:
     cards = server.catalog.cards
     for name in server.catalog.adapters:
-        parent = row_of.get(cards.get(name, {}).get("parent") or "")
+        parent = row_of.get(parent_of(cards.get(name, {})))
         if parent is not None and name not in parent.names:
             parent.names.append(name)
             parent.adapters += 1

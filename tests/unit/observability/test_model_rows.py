@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.observability.model_rows import MAX_ROWS, ModelCount, ModelRow, without_server
@@ -32,6 +34,14 @@ def test_model_rows_count_servers_by_state():
     assert (row.running, row.waiting) == (4, 2)
     assert row.capacity == d.capacity + e.capacity
     assert row.load == 5 / row.capacity
+
+
+@pytest.mark.parametrize("parent", [["m"], {"id": "m"}, "", False, 7])
+def test_model_rows_with_parent_that_is_no_name_count_model_by_itself(parent):
+    fleet = make_fleet(1)
+    cards = {"m": {"id": "m"}, "odd": {"id": "odd", "parent": parent}}
+    fleet.servers["a"].listed(cards, 1.0)
+    assert sorted(rows(fleet)) == ["m", "odd"]
 
 
 def test_model_rows_of_unavailable_model_have_no_load():
