@@ -288,7 +288,8 @@ def test_adapter_slots_of_server_that_left_do_not_count_for_next_with_its_bit():
     gone = LoadedAdapters(1, index)
     gone.slots = 1
     gone.set_elsewhere({"lora-a": 1, "lora-b": 1})
-    assert gone.is_full and gone.is_awaited
+    assert gone.is_full
+    assert gone.is_awaited
     gone.leave()
     new = LoadedAdapters(1, index)
     assert not new.is_full
