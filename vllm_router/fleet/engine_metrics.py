@@ -219,8 +219,9 @@ def _max_adapters(labels: str) -> int | None:
 
 
 def _adapters(names: re.Pattern[str], labels: str) -> tuple[str, ...]:
-    """The adapters in a label of `vllm:lora_requests_info`."""
-    listed = ",".join(names.findall(labels)).split(",")
+    """The adapters in a label of `vllm:lora_requests_info`, whose text was read as Latin-1."""
+    text = ",".join(names.findall(labels)).encode("latin-1").decode("utf-8", "replace")
+    listed = text.split(",")
     found = [name for name in listed if 0 < len(name) <= LONGEST_ADAPTER]
     return tuple(dict.fromkeys(found))[:MAX_ADAPTERS]
 

@@ -658,7 +658,9 @@ class ScoreCache:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""
         loads = self._loads
         mean = sum(loads) / len(loads)
-        if not self._queueing and max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
+        # In a large fleet this explains a pick, which looks at the queues of few servers.
+        queueing = self._queueing or self.is_large
+        if not queueing and max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
             return levels
         out = 0
         for position, estimate in enumerate(self.estimates):

@@ -73,6 +73,10 @@ NEGLIGIBLE = 0.001
 FIRST_TOKEN = 0.5
 """Seconds to the first token of a server that does not export it."""
 
+LONGEST_FIRST_TOKEN = 300.0
+"""A longer mean counts as this. An engine measures by its machine's clock: when that is set, times
+of years would keep the prompts of all later requests."""
+
 
 class PrefixStatistics(NamedTuple):
     """The prefix cache of one server as the policy estimates it; tokens are totals since the start.
@@ -197,6 +201,7 @@ class ServerEstimate:
             if firsts > 0:
                 weight = 1.0 - 0.5**firsts
                 mean = (new.first_sum - old.first_sum) / firsts
+                mean = min(max(mean, 0.0), LONGEST_FIRST_TOKEN)
                 self.first_token += weight * (mean - self.first_token)
             if metrics.prefix_hits is not None:
                 fade = 0.5 ** (elapsed / HITS_HALF_LIFE)

@@ -96,6 +96,11 @@ def test_metrics_page_new_set_of_adapters_is_read_at_once():
     assert found == [[()] * 2, [("a",)] * 2, [("b",)] * 2, [("c",)] * 2]
 
 
+def test_metrics_page_names_of_adapters_are_utf8():
+    page = LOADED + ADAPTERS.replace(b"a,b", "法律,é".encode())
+    assert read(MetricsPage(), page).adapters == ("法律", "é")
+
+
 def test_metrics_page_small_new_sample_is_read_with_the_next_whole_page():
     pages = MetricsPage()
     before = read(pages, LOADED)

@@ -127,6 +127,19 @@ def test_adaptive_json_counts_as_decoding_after_mean_first_token_time():
     assert it.parts(NOTHING, a)["queued_tokens"] == 0
 
 
+def test_adaptive_first_token_time_of_a_clock_that_was_set_keeps_no_prompts():
+    a, _, _ = (it := Situation()).servers
+    a.scraped(gauges(0, first_token_sum=0.0, first_token_count=0.0), it.now, 0)
+    it.pick(NOTHING)
+    it.wait(1.0)
+    a.scraped(gauges(0, first_token_sum=1.7e9, first_token_count=1.0), it.now, 0)
+    it.pick(NOTHING)
+    it.send(asking(b"x" * 8000, stream=False), a)
+    it.wait(400.0)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 0
+    assert not it.policy._estimates[a].due
+
+
 def test_adaptive_only_uncached_tokens_are_queued():
     a, _, _ = (it := Situation()).servers
     it.serve(LONG, a)

@@ -180,8 +180,8 @@ class SharedScrapes:
         while self._waiting and len(found) < MAX_FIGURES:
             server = next(iter(self._waiting))
             metrics, at = self._waiting[server]
-            room -= BYTES_OF_FIGURES + len(server.url) + sum(map(len, metrics.adapters))
-            room -= sum(map(len, metrics.waiting_adapters))
+            names = ",".join((server.url, *metrics.adapters, *metrics.waiting_adapters))
+            room -= BYTES_OF_FIGURES + len(names.encode())
             if found and room < 0:
                 break
             del self._waiting[server]
