@@ -12,6 +12,9 @@ from vllm_router.http.error_format import error_response
 SHOWN_NAMES, SHOWN_LENGTH = 20, 100
 """Names in a message, and characters of each: servers may list thousands of models."""
 
+MAX_RETRY_AFTER = 86_400.0
+"""Seconds in `Retry-After`: a key may be limited to a request in a thousand years."""
+
 
 def names_shown(names: Sequence[str]) -> str:
     """Names for a message, cut if they are many or long."""
@@ -46,7 +49,9 @@ def refusal_messages(
     if refused.allow:
         headers.append((b"allow", ", ".join(refused.allow).encode()))
     if refused.retry_after is not None:
-        headers.append((b"retry-after", b"%d" % math.ceil(refused.retry_after)))
+        headers.append(
+            (b"retry-after", b"%d" % math.ceil(min(refused.retry_after, MAX_RETRY_AFTER)))
+        )
     return (
         {"type": "http.response.start", "status": refused.status, "headers": headers},
         {"type": "http.response.body", "body": body, "more_body": False},
