@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from random import Random
 
@@ -13,6 +14,7 @@ from support.fleet_makers import make_fleet
 from vllm_router.fleet.server import Server
 from vllm_router.lab.simulate.rivals import RIVALS
 from vllm_router.routing.policies import POLICIES, POLICY_NAMES, Policy, PolicySettings
+from vllm_router.routing.policies.blind import MAX_MODELS
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
@@ -123,6 +125,29 @@ def test_round_robin_takes_each_server_in_turn():
     assert set(picked) == set(four)
 
 
+def test_round_robin_two_models_in_turn_use_all_their_servers():
+    policy, four = make("round_robin"), servers()
+    picked: Counter[Server] = Counter()
+    for _ in range(6):
+        for model, some in (("m", four[:2]), ("n", four[2:])):
+            picked[policy.pick(some, RoutingInfo(model), 0.0)[0]] += 1
+    assert [picked[server] for server in four] == [3, 3, 3, 3]
+
+
+def test_round_robin_copy_leaves_the_turn_of_the_policy():
+    policy, four = make("round_robin"), servers()
+    policy.pick(four, asking(), 0.0)
+    tried = copy.copy(policy).pick(four, asking(), 0.0)
+    assert policy.pick(four, asking(), 0.0) == tried
+
+
+def test_round_robin_remembers_a_bounded_number_of_models():
+    policy, four = make("round_robin"), servers()
+    for number in range(3 * MAX_MODELS):
+        policy.pick(four, RoutingInfo(str(number)), 0.0)
+    assert len(policy._turns) <= MAX_MODELS
+
+
 @pytest.mark.parametrize("name", ["round_robin", "random"])
 def test_policies_blind_to_load_spare_a_server_in_slow_start(name: str):
     policy, four = make(name), servers()
@@ -162,6 +187,16 @@ def test_session_missing_is_replaced_by_first_turn():
     assert len({policy.pick(four, asking(b"%d" % n * 300), 1.0)[0] for n in range(30)}) == 4
 
 
+def test_session_of_neither_id_nor_conversation_goes_to_the_lowest_load():
+    policy, four = make("session"), servers()
+    nothing = RoutingInfo("m", prompt=Prompt(size=60))
+    picked = Counter(policy.pick(four, nothing, 0.0)[0] for _ in range(200))
+    assert set(picked) == set(four)
+    for server in four[1:]:
+        load(server, 1)
+    assert policy.pick(four, nothing, 0.0)[0] is four[0]
+
+
 def test_session_moves_only_with_its_server():
     four, policy = servers(), make("session")
     for name in map(str, range(40)):
@@ -198,6 +233,17 @@ def test_prefix_policy_follows_cache():
     for row in policy.explain(four, facts, 1.0):
         assert row.score == -row.parts["cached_bytes"]
         assert (row.score < 0) == (row.server is four[2])
+
+
+def test_prefix_policy_explains_a_restarted_server_as_empty():
+    four, policy = servers(), make("prefix")
+    info = asking(b"x" * 2000)
+    lease = four[2].lease(0.0)
+    policy.leased(lease, None, info, 0.0)
+    lease.release()
+    four[2].restarts += 1
+    rows = policy.explain(four, info, 0.0)
+    assert [row.parts["cached_bytes"] for row in rows] == [0, 0, 0, 0]
 
 
 def test_prefix_policy_never_overrides_busier_server():

@@ -86,6 +86,7 @@ class Prefix(Policy):
     def explain(
         self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> list[Explained]:
+        self._index.follow(candidates, now)
         matched = self._index.match(candidates, info.prompt)
         limit = self._limit(candidates)
         rows = [

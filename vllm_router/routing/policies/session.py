@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.hashing import preference, preferred, seed_of
-from vllm_router.routing.policies.base import Choice, Policy
+from vllm_router.routing.policies.base import Choice, Policy, PolicySettings
+from vllm_router.routing.policies.least_load import LeastLoad
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
@@ -21,16 +23,23 @@ class Session(Policy):
 
     The session is the client's session id, else the conversation's first turn. All routers agree
     on a session's affinity server without shared state. If its load is above BOUND times the mean,
-    the next server in the session's order takes the request.
+    the next server in the session's order takes the request. Requests with neither, short ones,
+    go to the lowest load: they are no session that would have one server.
     """
 
     name = "session"
     needs_prompt = True
     needs_session = True
 
+    def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
+        super().__init__(rng, settings)
+        self._least_load = LeastLoad(rng, settings)
+
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         session = info.session
         key = seed_of(session) if session is not None else info.prompt.conversation
+        if not key:
+            return self._least_load.pick(candidates, info, now)
         total = sum(server.load_estimate.active for server in candidates)
         limit = BOUND * (total + 1) / sum(server.weighted_capacity for server in candidates)
         affinity = preferred(key, candidates)
