@@ -386,3 +386,54 @@ async def test_page_equal_changes_of_many_servers_are_one_line(browser: str, dem
         assert kept == 100 + 40
         assert lines == ["gpu-1: up → down", "100 servers: up → down", 100, 1]
         assert own.endswith("gpu-100: up → down")
+
+
+async def test_page_failed_requests_of_a_day_are_one_line_of_a_few_events(
+    browser: str, demo: Running
+):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        found = await page.evaluate(
+            """(async () => {
+                const {Events} = await import("/static/js/events.js");
+                document.querySelector("#events").replaceChildren();
+                const events = new Events();
+                events.hello([], 1);
+                const failed = (id, code, values) => ({
+                    kind: "retries_exhausted", server: "gpu-2", text: "", id, time: 1000 + id,
+                    text_code: code, text_values: values});
+                for (let id = 1; id <= 1000; id += 2) {
+                    events.add(failed(id, "request_failed",
+                                      {request: "r", n: "3", server: "gpu-2", why: "503"}));
+                    events.add(failed(id + 1, "requests_failed", {n: "40"}));
+                }
+                const line = document.querySelector("#events li span").innerText;
+                events.words();
+                const again = document.querySelector("#events li span").innerText;
+                return [line, again, events.groups.length, events.groups[0].length];
+            })()"""
+        )
+        line = "20500 requests failed, the last one after 3 attempts, on gpu-2: 503"
+        assert found == [line, line, 1, 3]
+
+
+async def test_page_panel_of_a_removed_server_says_so_until_it_is_back(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo, "?server=demo-2")
+        await page.wait(f"{PANEL}.open && {PLOTS} === 4")
+        # What the page makes of a snapshot without the server.
+        await page.evaluate(
+            """(() => {
+                const {feed} = globalThis.vllmRouter;
+                const take = feed.onMessage;
+                globalThis.back = () => { feed.onMessage = take; };
+                feed.onMessage = (message) => take(message.type !== "snapshot" ? message : {
+                    ...message, servers: message.servers.filter(({name}) => name !== "demo-2")});
+            })()"""
+        )
+        await page.wait("document.querySelector('#details-chip').innerText === 'removed'")
+        assert "last figures" in await page.text("#details-reason")
+        await page.evaluate("globalThis.back()")
+        await page.wait("document.querySelector('#details-chip').innerText === 'up'")
+        assert await page.evaluate("document.querySelector('#details-reason').hidden")
+        assert page.problems() == []

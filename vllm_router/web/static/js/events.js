@@ -73,6 +73,19 @@ const requestsOf = (group) => group.reduce(
   (sum, { text_code: code, text_values: values }) => sum + (code === "requests_failed" ? Number(values.n) : 1), 0,
 );
 
+/**
+ * Make one event of all that no line needs by itself: a group of failed requests lasts as long as they
+ * fail, which may be days.
+ */
+function fold(group) {
+  const newest = group.at(-1);
+  const last = group.findLast((event) => event !== newest && event.text_code === "request_failed");
+  const others = group.filter((event) => event !== newest && event !== last);
+  if (others.length < 2) return;
+  const sum = { ...others[0], text_code: "requests_failed", text_values: { n: String(requestsOf(others)) } };
+  group.splice(0, group.length, sum, ...(last ? [last] : []), newest);
+}
+
 export class Events {
   constructor() {
     this.list = byId("events");
@@ -112,6 +125,7 @@ export class Events {
     // Failed requests are one line for as long as they go on; of changes the first one counts.
     if (newest && alike(ofRequest(event) ? newest.at(-1) : newest[0], event)) {
       newest.push(event);
+      if (ofRequest(event)) fold(newest);
       this.list.firstElementChild.replaceWith(this.groupItem(newest));
     } else {
       this.groups.unshift([event]);

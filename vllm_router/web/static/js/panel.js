@@ -174,7 +174,16 @@ export class Panel {
       this.open(server);
       return;
     }
-    if (server === undefined || !this.dialog.open) return;
+    if (!this.dialog.open) return;
+    this.button.hidden = !this.allowed || server === undefined;
+    if (server === undefined) {
+      // Its last figures stay, and must not be taken for its present ones.
+      this.state("removed");
+      this.chip(t("removed"));
+      this.reason(t("removedText"));
+      this.reasonShown(true);
+      return;
+    }
     this.server = server;
     this.title(server.name);
     this.state(server.state);

@@ -140,6 +140,8 @@ export const en = {
   state_unknown: "unknown",
   state_draining: "draining",
   leaving: "leaving",
+  removed: "removed",
+  removedText: "The server was removed. These are its last figures.",
   since: "for {span}",
   sinceTitle: "since {moment}",
   loadText: "{running} running",

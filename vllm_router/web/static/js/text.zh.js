@@ -140,6 +140,8 @@ export const zh = {
   state_unknown: "未知",
   state_draining: "排空中",
   leaving: "正在移除",
+  removed: "已移除",
+  removedText: "该服务器已被移除。以下是它最后的数据。",
   since: "已 {span}",
   sinceTitle: "自 {moment}",
   loadText: "运行 {running}",
