@@ -233,6 +233,27 @@ async def test_page_history_keeps_gaps_and_thins_old_values(browser: str, router
     assert newest == 399
 
 
+async def test_page_history_continues_when_the_clock_is_set_back(
+    browser: str, router: RouterProcess
+):
+    async with new_page(browser) as page:
+        await page.open(router.url + "/")
+        times, values, own = await page.evaluate(
+            """import("/static/js/history.js").then(({History}) => {
+                const snapshot = (time, running) => ({time, router: {open_streams: 0},
+                    servers: [{name: "a", running}], fleet: {running}});
+                const history = new History();
+                for (let n = 0; n < 3; n += 1) history.snapshot(snapshot(5000 + n, n));
+                for (let n = 3; n < 6; n += 1) history.snapshot(snapshot(1000 + n, n));
+                return [...history.columns(300, ["running"]).columns,
+                        history.ofServer("a", ["running"])];
+            })"""
+        )
+    assert times == [1000, 1001, 1002, 1003, 1004, 1005]
+    assert values == [0, 1, 2, 3, 4, 5]
+    assert own == [times, values]
+
+
 # -- operators act on it ----------------------------------------------------------------------
 
 

@@ -147,6 +147,25 @@ def test_monitor_events_are_kept_once_across_reconnects_and_restarts():
     assert [one.text for one in shown.events][-2:] == ["anew", "missed"]
 
 
+def test_monitor_unheard_events_do_not_depend_on_clocks():
+    shown = View("http://router:8888")
+    shown.take(hello(event(1, "one"), event(2, "two")), NOW)
+    shown.take(snapshot(server("a")), NOW - 3600)  # this machine's clock is behind
+    again = hello(event(1, "one"), event(2, "two"), event(3, "three"))
+    assert [one.text for one in shown.unheard(again)] == ["three"]
+    restarted = hello(event(1, "anew"), started=NOW)
+    assert [one.text for one in shown.unheard(restarted)] == ["anew"]
+
+
+def test_monitor_history_continues_when_the_clock_is_set_back():
+    shown = view(server("a"))
+    before = len(shown.trend.values("load", hour=False))
+    for second in range(1, 6):
+        shown.take(snapshot(server("a"), moment=NOW - 3600 + second), NOW)
+    assert len(shown.trend.values("load", hour=False)) == before + 5
+    assert len(shown.loads["a"]) == before + 5
+
+
 def test_monitor_history_has_one_value_per_second():
     shown = view(server("a", 0.3))
     assert list(shown.loads["a"]) == [0.1, 0.5, 1.0, 0.3]
@@ -295,6 +314,16 @@ def test_monitor_unused_router_shows_how_to_send_a_request(width: int, height: i
         assert "one happened" in text
     shown.take(snapshot(server("gpu-1"), unused=False), NOW)
     assert "curl" not in "\n".join(picture(shown, width, height))
+
+
+def test_monitor_first_request_quotes_a_model_name_for_the_shell():
+    name = "it's; touch /tmp/x #"
+    shown = View("http://router:8888")
+    shown.take(snapshot(server("a", models=[name]), unused=True), NOW)
+    lines = [line.strip("│ ") for line in picture(shown, 100, 40)]
+    first = next(n for n, line in enumerate(lines) if line.startswith("curl "))
+    *_, body = shlex.split("\n".join(lines[first : first + 4]), comments=True)
+    assert json.loads(body)["model"] == name
 
 
 def test_monitor_lost_connection_is_shown_and_figures_stay():

@@ -31,7 +31,8 @@ def first_request_lines(view: View, room: int) -> list[Text]:
         return []
     url = view.url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     models = [model for server in view.snapshot.servers for model in server.models or ()]
-    model = json.dumps(models[0] if models else "MODEL")
+    # Servers choose the names: one with an apostrophe must not end the quoted argument.
+    model = json.dumps(models[0] if models else "MODEL").replace("'", "'\\''")
     page = visible(view.texts("first_page", url=url))
     # Short lines: what the frame cuts cannot be copied.
     lines = (

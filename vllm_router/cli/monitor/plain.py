@@ -50,9 +50,8 @@ async def print_lines(feed: Feed, interval: float) -> None:
     def take(message: Message) -> None:
         nonlocal due
         back = bool(view.trouble)
-        if isinstance(message, Hello) and message.events and view.hello is not None:
-            missed = [event for event in message.events if event.time > view.heard]
-            for event in missed:
+        if isinstance(message, Hello) and view.hello is not None:
+            for event in view.unheard(message):
                 say(event.time, event.text)
         view.take(message, time.time())
         if isinstance(message, Event):

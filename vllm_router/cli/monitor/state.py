@@ -81,6 +81,11 @@ class View:
         self.connected = False
         self.trouble = why
 
+    def unheard(self, hello: Hello) -> list[Event]:
+        """The events of a hello that no message had before it."""
+        same = self.hello is not None and hello.started == self.hello.started
+        return [event for event in hello.events if not same or event.id > self._newest]
+
     def _greet(self, hello: Hello) -> None:
         if hello.schema > VERSION:
             version = hello.version
@@ -97,6 +102,9 @@ class View:
             self._tell(event)
 
     def _show(self, snapshot: Snapshot, now: float) -> None:
+        if self.snapshot is not None and snapshot.time < self.snapshot.time - 1:
+            # The router's clock was set back: no row would be due until it is where it was.
+            self._row_time = min(self._row_time, snapshot.time - 1)
         self.snapshot = snapshot
         self.connected = True
         self.heard = now

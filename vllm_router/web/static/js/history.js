@@ -64,6 +64,11 @@ class Series {
     }
   }
 
+  /** Move all rows in time. */
+  shift(seconds) {
+    this.times = this.times.map((time) => time + seconds);
+  }
+
   /** Take a history in; what is older here than it (of a router before its restart) stays. */
   load(history) {
     const count = history.fleet.load?.length ?? 0;
@@ -87,6 +92,7 @@ export class History {
     this.pending = [];
     this.loads = new Map();
     this.servers = new Map();
+    this.newest = 0;
   }
 
   hello(message) {
@@ -98,6 +104,7 @@ export class History {
 
   /** Whether the snapshot made a new row: one a second, however often they come. */
   snapshot(message) {
+    this.setBack(message.time);
     const last = this.fine.times.at(-1) ?? 0;
     if (message.time - last < 0.95) return false;
     const row = rowOf(message);
@@ -121,6 +128,18 @@ export class History {
     this.loads = present;
     this.servers = details;
     return true;
+  }
+
+  /**
+   * The router's clock may be set back: what is known moves along, as it does in the next hello. Else
+   * no row would be newer than the last one until the clock is where it was.
+   */
+  setBack(time) {
+    const last = this.fine.times.at(-1) ?? 0;
+    if (time < this.newest - 1 && time < last) {
+      for (const series of [this.fine, this.coarse, ...this.servers.values()]) series.shift(time - 1 - last);
+    }
+    this.newest = time;
   }
 
   /**
