@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from vllm_router.cli.monitor.fullscreen import RESET
 from vllm_router.cli.monitor.link import NoFeed
 from vllm_router.cli.monitor.log_file import last_lines
 from vllm_router.cli.monitor.screen import End
+from vllm_router.cli.monitor.terminal import on_terminal
 from vllm_router.runtime.serve import ServeOptions
 
 URL = "http://router:8888"
@@ -63,6 +65,21 @@ def test_monitor_command_language_is_the_option_or_the_locale(monitor, monkeypat
     assert monitor(lang="en").made[1].texts.language == "en"
     feed, view, log = monitor(models=True).made
     assert (feed.url, feed.key, view.models, view.attached, log) == (URL, "k", True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("xterm", True), ("dumb", False), ("unknown", False), (" Unknown", False), (None, False)],
+)
+def test_terminal_of_a_type_without_full_screen_gets_lines(monkeypatch, kind, expected):
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    if kind is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", kind)
+    assert on_terminal() is expected
 
 
 def test_monitor_command_without_router_is_one_line(monitor):

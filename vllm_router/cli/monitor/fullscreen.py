@@ -43,9 +43,10 @@ class FullScreen:
 
         `stop` stops the process in `suspend`.
         """
-        # A size in the environment would hide that the window changes.
+        # A size in the environment would hide that the window changes, and TTY_COMPATIBLE=0 that
+        # this is a terminal: nothing would be drawn.
         environ = {name: value for name, value in os.environ.items() if name not in _SIZES}
-        self.console = Console(file=file, _environ=environ)
+        self.console = Console(file=file, force_terminal=True, _environ=environ)
         self._descriptor = descriptor
         self._stop = stop
         self._stack = contextlib.ExitStack()
