@@ -283,13 +283,15 @@ def test_script_test_parallel_run_compiles_tests_without_bytecode(clone: Clone):
     assert clone.log.read_text().count("collect") == 2
 
 
-def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone):
+@pytest.mark.parametrize(("folder", "processes"), [("unit", 2), ("property", 3)])
+def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone, folder: str, processes: int):
     clone.call("setup", "--dev")
     for tool in SYSTEM_TOOLS:
         clone.tool(tool)
     clone.tool("nproc", "echo 2")
-    (clone.root / "tests" / "unit").mkdir(parents=True)
-    assert clone.call("test", "unit").stdout == "python -m pytest -n 3 tests/unit\n"
+    (clone.root / "tests" / folder).mkdir(parents=True)
+    called = f"python -m pytest -n {processes} tests/{folder}\n"
+    assert clone.call("test", folder).stdout == called
 
 
 def test_script_test_missing_system_tool_is_named_and_fails(clone: Clone):
