@@ -96,7 +96,7 @@ class SpeedEstimate:
         self._sum *= keep
         self._count *= keep
         self._weight *= 0.5 ** (max(elapsed, 0.0) / IDLE_HALF_LIFE)
-        if count > 0.0 and seconds > 0.0:
+        if count >= 1.0 and seconds > 0.0:  # less than one token is no count, and overflows
             requests = 0.5 * ((earlier.running or 0.0) + (metrics.running or 0.0))
             self._sum += seconds / (1.0 + PER_REQUEST * requests)
             self._count += count

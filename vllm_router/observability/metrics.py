@@ -3,8 +3,9 @@
 An exchange costs one dictionary look-up and a few additions at its end; a chunk costs nothing.
 Gauges are read when the page is rendered.
 
-The number of series is bounded: a model is a label only while the fleet lists it, and at most
-MAX_MODELS are; unknown paths are `other`; series of removed servers are removed.
+The number of series is bounded: a model becomes a label only if the fleet knows it, and at most
+MAX_MODELS are: then the models that it no longer knows are dropped; unknown paths are `other`;
+series of removed servers are removed.
 """
 
 from __future__ import annotations

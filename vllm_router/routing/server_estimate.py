@@ -220,7 +220,10 @@ class ServerEstimate:
         self.seen, self.scraped_at, self.sent = new, at, 0
         if metrics.max_adapters:
             self.adapters.slots = metrics.max_adapters
-        self.adapters.report(metrics.adapters, metrics.waiting_adapters)
+        if load.stuck and not gauge:  # what names requests that do not exist is stuck as well
+            self.adapters.report(())
+        else:
+            self.adapters.report(metrics.adapters, metrics.waiting_adapters)
 
     def _shows_speed(self, at: float, per_token: float) -> bool:
         """Whether the last time per token is the server's own, see LONG_PROMPTS."""

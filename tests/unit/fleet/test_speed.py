@@ -146,6 +146,17 @@ def test_speed_without_times_is_one(page: EngineMetrics):
     assert (estimate.ratio, estimate.time) == (1.0, 0.0)
 
 
+def test_speed_of_a_fraction_of_a_token_is_not_learnt():
+    pool = SpeedPool()
+    odd = [Counters(pool) for _ in range(3)]
+    for one in odd:
+        one.sum, one.count = 1e14, 1e-300
+        before, one.seen = one.seen, one.page(0.0)
+        one.estimate.observe(before, one.seen, 1.0)
+    assert [one.estimate.ratio for one in odd] == [1.0, 1.0, 1.0]
+    assert pool.median == 0.0
+
+
 def test_speed_pool_has_one_time_per_server():
     pool = SpeedPool()
     rng = Random(1)

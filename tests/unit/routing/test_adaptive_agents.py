@@ -310,6 +310,19 @@ def test_adapter_goes_where_no_slot_is_needed_by_other_routers():
     assert it.parts(asking("lora-d"), it.servers[0])["adapter_wait"] == 0
 
 
+def test_adapters_of_stuck_gauges_need_no_slots():
+    """After many aborts an idle engine shows requests, and their adapters (vllm#29928)."""
+    it = Fleet(count=2)
+    server = it.servers[0]
+    it.now += 1.0
+    it.scrape(server, running=1.0, max_adapters=1, adapters=("lora-d",))
+    assert it.parts(asking("lora-a"), server)["adapter_wait"] == WAIT_PENALTY
+    server.load_estimate.stuck = 1.0
+    it.now += 1.0
+    it.scrape(server, running=1.0, max_adapters=1, adapters=("lora-d",))
+    assert it.parts(asking("lora-a"), server)["adapter_wait"] == 0
+
+
 def test_adapters_of_new_process_need_no_slots():
     loaded = LoadedAdapters()
     loaded.slots = 1
