@@ -437,3 +437,36 @@ async def test_page_panel_of_a_removed_server_says_so_until_it_is_back(browser: 
         await page.wait("document.querySelector('#details-chip').innerText === 'up'")
         assert await page.evaluate("document.querySelector('#details-reason').hidden")
         assert page.problems() == []
+
+
+async def test_page_late_answer_about_a_server_is_not_taken_for_another(
+    browser: str, demo: Running
+):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        await page.evaluate(
+            """(() => {
+                globalThis.real = fetch;
+                globalThis.fetch = (path, ...rest) => String(path).includes("admin/servers")
+                    ? new Promise((answer) => { globalThis.answer = answer; })
+                    : globalThis.real(path, ...rest);
+            })()"""
+        )
+        confirm = "document.querySelector('#confirm')"
+        await page.evaluate(
+            """import("/static/js/dialogs.js").then(({Confirm}) => {
+                globalThis.said = [];
+                globalThis.asking = new Confirm((text) => globalThis.said.push(text));
+                globalThis.asking.ask({name: "demo-1", leases: 0}, "drain");
+            })"""
+        )
+        await page.click("#confirm-yes")
+        await page.wait("globalThis.answer")
+        await page.click("#confirm-no")
+        await page.wait(f"!{confirm}.open")
+        await page.evaluate("globalThis.asking.ask({name: 'demo-2', leases: 0}, 'drain')")
+        await page.evaluate("globalThis.answer(new Response('{}'))")
+        await page.wait("globalThis.said.length === 1")
+        assert "demo-1" in await page.evaluate("globalThis.said[0]")
+        assert await page.evaluate(f"{confirm}.open")
+        assert "demo-2" in await page.text("#confirm-title")

@@ -528,6 +528,20 @@ def test_monitor_filter_shows_matching_servers_until_escape():
     assert len(shown.servers()) == 3
 
 
+def test_monitor_filter_takes_no_control_characters():
+    shown = view(server("gpu-1"))
+    press(shown, "/")
+    keys, _ = decode(b"g\x04\x01\tp")
+    for key in keys:
+        assert isinstance(key, str)
+        press(shown, key)
+    assert shown.filter == "gp"
+    press(shown, "enter")
+    (end,), _ = decode(b"\x04")
+    assert isinstance(end, str)
+    assert press(shown, end) == Quit()
+
+
 def test_monitor_filter_without_match_says_so():
     shown = view(server("gpu-1"))
     for key in "/x":
@@ -610,6 +624,20 @@ def test_monitor_refused_configuration_is_in_the_last_line():
     shown = view(server("a"))
     shown.take(snapshot(server("a"), reload=reload), NOW)
     assert "configuration refused: servers[0]: \\x1b bad" in picture(shown)[-2]
+
+
+def test_monitor_details_of_a_removed_server_show_no_other_server():
+    shown = view(server("a"), server("b"))
+    press(shown, "down")
+    press(shown, "enter")
+    shown.take(snapshot(server("a")), NOW)
+    assert "The server was removed." in "".join(picture(shown))
+    shown.take(snapshot(server("a"), server("b")), NOW)
+    assert "http://b:8000" in "".join(picture(shown))
+    shown.take(snapshot(server("a")), NOW)
+    press(shown, "escape")
+    shown.take(snapshot(server("a")), NOW)
+    assert shown.selected == "a"
 
 
 def test_monitor_details_of_a_vanished_server_say_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import termios
@@ -39,6 +40,12 @@ class Pty:
             pass
         return found.decode()
 
+    def hang_up(self) -> None:
+        """Close the side that shows what is written."""
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, self.master)
+        os.close(null)
+
     def modes(self) -> list[Any]:
         return termios.tcgetattr(self.slave)
 
@@ -47,8 +54,8 @@ class Pty:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pty]:
     opened = Pty()
     monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(os.dup(opened.slave), "w") as opened.output:
-        yield opened
+    with contextlib.suppress(OSError), os.fdopen(os.dup(opened.slave), "w") as opened.output:
+        yield opened  # closing it fails on a terminal that was closed
     os.close(opened.master)
     os.close(opened.slave)
 
@@ -75,6 +82,13 @@ def test_full_screen_is_restored_after_a_defect(terminal: Pty):
     written = terminal.read()
     assert all(mode in written for mode in OFF)
     assert terminal.modes() == before
+
+
+def test_full_screen_of_a_closed_terminal_ends_without_an_error(terminal: Pty):
+    with terminal.full_screen() as shown:
+        terminal.hang_up()
+        with pytest.raises(OSError, match="Input/output error"):
+            shown.show(Text("a frame\n" * 2000))
 
 
 def test_full_screen_suspended_gives_the_terminal_back_meanwhile(terminal: Pty):

@@ -307,6 +307,17 @@ async def test_screen_closed_terminal_ends_it(monkeypatch, pipe, autojump_clock)
         assert rig.end is End.HANGUP
 
 
+async def test_screen_that_cannot_be_written_is_a_hangup(monkeypatch, pipe, autojump_clock):
+    async with running(monkeypatch, pipe) as rig:
+
+        def show(_: Any) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(rig.terminal, "show", show)
+        await rig.ended.wait()
+        assert rig.end is End.HANGUP
+
+
 @pytest.mark.parametrize("newer", [False, True])
 async def test_screen_without_a_usable_feed_never_takes_the_terminal(
     monkeypatch, autojump_clock, newer

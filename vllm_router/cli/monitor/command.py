@@ -86,6 +86,9 @@ def monitor(
         # The reader, such as `head`, has closed the pipe.
         discard_output()
         return
+    if end is End.HANGUP:
+        # What the closed terminal did not take would change the exit code.
+        discard_output()
     if end is End.ROUTER_DIED and log is not None:
         click.echo(f"\nthe router has died; the last lines of its log {log}:", err=True)
         for line in last_lines(log, LAST_LINES):

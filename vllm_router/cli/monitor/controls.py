@@ -51,7 +51,7 @@ def press(view: View, key: str) -> Action | None:
     if view.typing:
         _type(view, key)
         return None
-    if key in ("q", "Q"):
+    if key in ("q", "Q", "ctrl-d"):
         return _leave(view)
     if key == "e":
         server = view.chosen()
@@ -125,7 +125,7 @@ def _type(view: View, key: str) -> None:
         view.set_filter("")
     elif key == "backspace":
         view.set_filter(view.filter[:-1])
-    elif len(key) == 1:
+    elif len(key) == 1 and key.isprintable():
         view.set_filter(view.filter + key)
     else:
         _move(view, key)

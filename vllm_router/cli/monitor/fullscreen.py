@@ -62,7 +62,8 @@ class FullScreen:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._live = stack.enter_context(live)
+            stack.enter_context(_shown(live))
+            self._live = live
             stack.enter_context(self._mouse())
             self._stack = stack.pop_all()
         return self
@@ -77,6 +78,7 @@ class FullScreen:
         self._stack.__exit__(kind, error, trace)
 
     def show(self, frame: RenderableType) -> None:
+        """Raises OSError if the terminal has been closed."""
         if self._live is not None:
             self._live.update(frame, refresh=True)
 
@@ -98,6 +100,16 @@ class FullScreen:
     def _write(self, sequence: str) -> None:
         self.console.file.write(sequence)
         self.console.file.flush()
+
+
+@contextlib.contextmanager
+def _shown(live: Live) -> Iterator[None]:
+    live.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the terminal has been closed
+            live.stop()
 
 
 _SIZES = ("COLUMNS", "LINES")

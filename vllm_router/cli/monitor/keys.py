@@ -25,7 +25,7 @@ _SEQUENCES = {
 }
 _CONTROLS = {
     0x03: "ctrl-c",
-    0x04: "q",
+    0x04: "ctrl-d",
     0x08: "backspace",
     0x7F: "backspace",
     0x0A: "enter",

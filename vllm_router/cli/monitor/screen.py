@@ -141,7 +141,10 @@ class Screen:
         while True:
             width, height = terminal.console.size
             clamp_scroll(self._view, width - 4, height - 2)
-            terminal.show(draw(self._view, width, height, time.time()))
+            try:
+                terminal.show(draw(self._view, width, height, time.time()))
+            except OSError:  # the terminal has been closed
+                self._stop(End.HANGUP)
             self._changed = trio.Event()
             with trio.move_on_after(TICK):
                 await self._changed.wait()

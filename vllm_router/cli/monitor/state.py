@@ -117,7 +117,8 @@ class View:
             }
             for server in snapshot.servers:
                 self.loads[server.name].append(server.load)
-        if self.chosen() is None:
+        # If the server of the details was removed, they do not show another one.
+        if self.chosen() is None and self.overlay is not Overlay.DETAILS:
             self.selected = next((server.name for server in self.servers()), None)
 
     def _tell(self, event: Event) -> None:

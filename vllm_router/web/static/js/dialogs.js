@@ -17,8 +17,7 @@ export class Confirm {
   }
 
   ask(server, action) {
-    this.server = server.name;
-    this.action = action;
+    this.asked = { server: server.name, action };
     const values = { server: server.name, n: count(server.leases) };
     byId("confirm-title").textContent = t(`${action}Title`, values);
     byId("confirm-text").textContent = t(`${action}Text`, values);
@@ -32,20 +31,28 @@ export class Confirm {
 
   async act() {
     byId("confirm-yes").disabled = true;
-    const problem = await this.post();
+    const { asked } = this;
+    const problem = await this.post(asked);
+    const failed = t("actionFailed", { reason: problem });
+    const said = problem === null ? t(`${asked.action}Done`, { server: asked.server }) : failed;
+    // The router may answer after the window was closed, or asks about another server.
+    if (asked !== this.asked || !this.dialog.open) {
+      this.done(said);
+      return;
+    }
     byId("confirm-yes").disabled = false;
     if (problem === null) {
       this.dialog.close();
-      this.done(t(`${this.action}Done`, { server: this.server }));
+      this.done(said);
       return;
     }
-    byId("confirm-error").textContent = t("actionFailed", { reason: problem });
+    byId("confirm-error").textContent = failed;
     byId("confirm-error").hidden = false;
   }
 
   /** null, or why not. */
-  async post() {
-    const path = `admin/servers/${encodeURIComponent(this.server)}/${this.action}`;
+  async post({ server, action }) {
+    const path = `admin/servers/${encodeURIComponent(server)}/${action}`;
     return (await ask(path, { method: "POST" })).problem ?? null;
   }
 }
