@@ -117,8 +117,8 @@ async def test_workers_burst_spreads_over_servers_and_is_counted_once(quiet: Rou
         assert min(by_worker.values()) >= 25, by_worker
         stats = await trio.to_thread.run_sync(lambda: quiet.get("/load-stats").json())
         assert stats["summary"]["in_flight"] == 60
-        health = await trio.to_thread.run_sync(lambda: quiet.get("/health").json())
-        assert health["in_flight"] == 60
+        # Workers report their exchanges in turn; the leases above are in shared memory.
+        await in_thread(lambda: quiet.get("/health").json()["in_flight"] == 60, "all in /health")
         with trio.fail_after(60):
             seen = await snapshot(websocket)
             while not seen["fleet"]["leases"] == seen["router"]["open_streams"] == 60:
