@@ -110,6 +110,7 @@ def test_limits_full_queue_is_429_with_retry_after(tmp_path):
             assert got.json()["error"]["type"] == "rate_limit_error"
             assert mocks[0].stats()["total"] == CAP
         until(lambda: router.metric("vllm_router_requests_in_flight") == 0, "an empty router")
+        until(lambda: mocks[0].stats()["running"] == 0, "an idle engine")
         assert router.post("/v1/chat/completions", SHORT).status_code == 200
 
 
