@@ -50,10 +50,10 @@ class ModelSeeds:
 
     def _only_base(self) -> str | None:
         """The model of all servers whose models are known; None if they have several."""
-        twins = [server.catalog.twins for server in self._servers.values()]
-        owns = [server.catalog.own for server in self._servers.values()]
         bases = {
-            names.get(name, name) for names, own in zip(twins, owns, strict=True) for name in own
+            server.catalog.twins.get(name, name)
+            for server in self._servers.values()
+            for name in server.catalog.own
         }
         return bases.pop() if len(bases) == 1 else None
 

@@ -31,7 +31,7 @@ MEASURED_FROM = 500.0
 
 
 class AdapterServers:
-    """Which servers have which adapters loaded and a slot left, as bits.
+    """The servers that have an adapter loaded, and those with a slot left, as bits.
 
     A pick finds the servers of an adapter here without a look at the others.
     """
@@ -108,7 +108,7 @@ class LoadedAdapters:
     )  # fmt: skip
 
     def __init__(self, bit: int = 1, servers: AdapterServers | None = None) -> None:
-        """`servers` has what is known of all servers; `bit` is this one there."""
+        """`servers` has the adapters of all servers; `bit` is this server there."""
         self.bit = bit
         self.running: OrderedDict[str, int] = OrderedDict()
         """Our running requests for each loaded adapter, the least recently used first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.adapters import WAIT_PENALTY
@@ -444,20 +444,13 @@ class ScoreCache:
         free = self.everyone & ~waits
         if free.bit_count() < waits.bit_count():
             found = [s + f * WAIT_PENALTY for s, f in zip(scores, factors, strict=True)]
-            for position in self._positions_of(free):
+            for position in self._all_of(free):
                 found[position] = scores[position]
         else:
             found = scores.copy()
-            for position in self._positions_of(waits):
+            for position in self._all_of(waits):
                 found[position] += factors[position] * WAIT_PENALTY
         return found
-
-    def _positions_of(self, bits: int) -> Iterator[int]:
-        position_of = self._position_of_bit
-        while bits:
-            bit = bits & -bits
-            bits ^= bit
-            yield position_of[bit]
 
     def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
         """The penalty for the uncached tokens beyond the room of a server, in requests."""

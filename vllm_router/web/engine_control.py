@@ -49,7 +49,8 @@ async def control(
     request = _Request(
         method,
         f"{path}?{rest}" if rest else path,
-        {name: headers[name].encode("latin-1") for name in PASSED_ON if name in headers},
+        # As bytes: httpx encodes texts as ASCII alone.
+        {name.encode(): headers[name].encode("latin-1") for name in PASSED_ON if name in headers},
         body,
         router.config.settings.request_timeout,
         router.tls,
@@ -90,7 +91,7 @@ class _Request:
         self,
         method: str,
         target: str,
-        headers: dict[str, bytes],
+        headers: dict[bytes, bytes],
         body: bytes,
         timeout: float,
         tls: ServerContexts,
@@ -103,7 +104,7 @@ class _Request:
         """Store one server's response, or its error, under the server's name."""
         headers = dict(self._headers)
         if server.config.api_key:
-            headers.pop("authorization", None)  # the client's key for the router is not valid there
+            headers.pop(b"authorization", None)  # the router's key is not valid there
         result: dict[str, Any] = {"ok": False, "error": f"no answer in {self._timeout:g} s"}
         with trio.move_on_after(self._timeout):
             try:
@@ -114,15 +115,13 @@ class _Request:
                 result["error"] = f"its answer cannot be used: {problem}"
         results[server.name] = result
 
-    async def _ask(self, server: Server, headers: dict[str, bytes]) -> dict[str, Any]:
+    async def _ask(self, server: Server, headers: dict[bytes, bytes]) -> dict[str, Any]:
         transport = control_transport(server.url, self._tls.of(server.config), self._resolver)
         async with control_client(
             server.url, server.config.api_key, None, self._tls.of(server.config), transport
         ) as client:
-            # As bytes: httpx encodes texts as ASCII alone.
-            fields = {name.encode(): value for name, value in headers.items()}
             request = client.build_request(
-                self._method, self._target, headers=fields, content=self._body
+                self._method, self._target, headers=headers, content=self._body
             )
             answer = await transport.handle_async_request(request)
             try:

@@ -219,8 +219,7 @@ def _note(candidates: Sequence[Server], now: float) -> Reason:
         return because("all_full")
     if any(server.models is None for server in candidates):
         return because("lists_unread")
-    refusing = [server for server in candidates if server.refusals.known]
-    refusing = [server for server in refusing if server.refusals.count()]
+    refusing = [one for one in candidates if one.refusals.known and one.refusals.count()]
     if refusing:
         avoided = because("refuser_avoided", server=refusing[0].name)
         return avoided.and_also(refusing[0].refusals.reason())

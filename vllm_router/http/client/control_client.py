@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ssl
-from urllib.parse import urlsplit
 
 import httpx
 
-from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.httpx_transport import HttpxTransport, host_of
 from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Resolver
 
@@ -29,7 +28,7 @@ def control_client(
     """
     return httpx.AsyncClient(
         base_url=url,
-        headers={"host": urlsplit(url).netloc, **control_headers(api_key)},
+        headers={"host": host_of(url), **control_headers(api_key)},
         timeout=timeout,
         verify=tls,
         trust_env=False,

@@ -24,7 +24,12 @@ def get_request(url: str, headers: Mapping[str, str]) -> httpx.Request:
     httpx would decode an international name (xn--…) for it, and raises for names that it takes for
     invalid, some of which are in use.
     """
-    return httpx.Request("GET", url, headers={"host": urlsplit(url).netloc, **headers})
+    return httpx.Request("GET", url, headers={"host": host_of(url), **headers})
+
+
+def host_of(url: str) -> str:
+    """The `host` field of requests to `url`, to be given to httpx: see `get_request`."""
+    return urlsplit(url).netloc
 
 
 class HttpxTransport(httpx.AsyncBaseTransport):

@@ -1,4 +1,4 @@
-"""What the kernel does for silent and stalled connections: TCP keepalive, and TCP_USER_TIMEOUT."""
+"""Ends of silent and stalled connections by the kernel: TCP keepalive and TCP_USER_TIMEOUT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Load balancers and NAT gateways drop connections that are silent for 60 s (nginx
 """
 
 _MAX_STALL_MS = 2**31 - 1
-"""What the kernel takes as TCP_USER_TIMEOUT: 24 days."""
+"""Largest TCP_USER_TIMEOUT of the kernel: 24 days."""
 
 
 def enable_keepalive(sock: socket.socket) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_router.routing.adapters import AdapterServers, SwapCost, with_adapters
 from vllm_router.routing.hashing import seed_of
@@ -45,6 +45,12 @@ REFRESH = 0.1
 
 REFRESHED_AT_ONCE = 100
 """Candidates that are updated at once, in 1 ms; in a larger fleet the others follow in turn."""
+
+Slots: TypeAlias = tuple[int, int, int]
+"""The bits `loaded`, `spare` and `waits` of `score_parts.Asked`."""
+
+_NO_SLOTS: Slots = (0, 0, 0)
+"""Of requests for base models."""
 
 EXPLAINED_AT_ONCE = 200
 """Candidates of an explanation that are listed in one slice."""
@@ -105,7 +111,7 @@ class Adaptive(Policy):
         matches: Matches | None = None
         if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
-            levels, bonus, waits = self._credit(cache, info, matches)
+            levels, bonus, (_, _, waits) = self._credit(cache, info, matches)
             scores = self._weigh(cache, info, matches, levels, bonus, waits)
         lowest = min(scores)
         if scores.count(lowest) == 1:
@@ -121,7 +127,7 @@ class Adaptive(Policy):
         bonus = waits = 0
         if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
-            levels, bonus, waits = self._levels(cache, info, matches)
+            levels, bonus, (_, _, waits) = self._levels(cache, info, matches)
         tokens, uncached, turns = self._prompt(info, matches or [])
         if not hashes:
             uncached = turns = 0.0
@@ -133,18 +139,18 @@ class Adaptive(Policy):
 
     def _credit(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int, int]:
+    ) -> tuple[list[tuple[float, int]], int, Slots]:
         """The cached tokens that count, as levels for `ScoreCache.scores`, the most first.
 
-        Also the bit of the affinity server if a conversation begins here, or 0, and the bits of the
-        servers on which the request would wait for a slot for its adapter.
+        Also the bit of the affinity server if a conversation begins here, or 0, and the slots for
+        the request's adapter.
         """
-        levels, bonus, waits = self._levels(cache, info, matches)
-        return cache.not_overloaded(levels) if levels else levels, bonus, waits
+        levels, bonus, slots = self._levels(cache, info, matches)
+        return cache.not_overloaded(levels) if levels else levels, bonus, slots
 
     def _levels(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int, int]:
+    ) -> tuple[list[tuple[float, int]], int, Slots]:
         """As `_credit`, with servers that have much more load than the mean."""
         levels: list[tuple[float, int]] = []
         if matches:
@@ -158,32 +164,25 @@ class Adaptive(Policy):
         bonus = 0
         if cache.has_peers and info.prompt.conversation and not self.hears_routers:
             bonus = self._credit_affinity(cache, info, levels)
-        waits = 0
-        if cache.is_adapter:
-            loaded, waits = self._slots_for(cache, info.model)
+        slots = _NO_SLOTS
+        if cache.is_adapter and info.model is not None:
+            loaded, spare, _ = slots = self._slots_for(cache, info.model)
             cost = self._swap_cost.tokens
-            spare = self._spare_for(cache, info.model)
             if spare:
                 levels = with_adapters(levels, spare & cache.credited, cost)
             levels = with_adapters(levels, loaded & cache.credited, cost)
-        return levels, bonus, waits
+        return levels, bonus, slots
 
-    def _slots_for(self, cache: ScoreCache, adapter: str | None) -> tuple[int, int]:
-        """The bits of the servers that have the adapter loaded, and of those where it would wait.
+    def _slots_for(self, cache: ScoreCache, adapter: str) -> Slots:
+        """The servers' slots for an adapter.
 
-        If it would wait anywhere, a server that fails or is slow counts like them: its free slots
-        must not draw all requests.
+        If the request would wait anywhere, a server that fails or is slow counts like one where it
+        would: its free slots must not draw all requests.
         """
-        if adapter is None or not cache.is_adapter:
-            return 0, 0
         loaded, waits = self._slots.slots_for(adapter, cache.everyone)
-        return loaded, waits | cache.everyone & ~cache.credited if waits else 0
-
-    def _spare_for(self, cache: ScoreCache, adapter: str | None) -> int:
-        """See `AdapterServers.spare_for`."""
-        if adapter is None or not cache.is_adapter:
-            return 0
-        return self._slots.spare_for(adapter, cache.everyone)
+        if waits:
+            waits |= cache.everyone & ~cache.credited
+        return loaded, self._slots.spare_for(adapter, cache.everyone), waits
 
     def _weigh(
         self,
@@ -514,7 +513,7 @@ class Adaptive(Policy):
     ) -> Steps[list[Explained]]:
         cache = self._cache(candidates, info.model, now)
         matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
-        levels, bonus, waits = self._credit(cache, info, matches)
+        levels, bonus, (loaded, spare, waits) = self._credit(cache, info, matches)
         scores = self._weigh(cache, info, matches, levels, bonus, waits)
         tokens, uncached, turns = self._prompt(info, matches)
         if not info.prompt.block_hashes:
@@ -527,8 +526,8 @@ class Adaptive(Policy):
             turns,
             delay=uncached * self._swap_cost.per_token,
             swap=self._swap_cost.tokens if cache.is_adapter else 0.0,
-            loaded=self._slots_for(cache, info.model)[0],
-            spare=self._spare_for(cache, info.model),
+            loaded=loaded,
+            spare=spare,
             waits=waits,
         )
         table = ScoreTable(cache, asked, now)

@@ -253,7 +253,7 @@ def raw_prompt(*texts: Text, seed: int = 0) -> Steps[Prompt]:
 
 
 def only_item(raw: msgspec.Raw) -> msgspec.Raw:
-    """What an array with one text, or one list of token ids, has in it; else the value itself.
+    """The item of an array with one text, or one list of token ids; else the value itself.
 
     vLLM computes the same prompt for both.
     """

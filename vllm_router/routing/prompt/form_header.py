@@ -8,6 +8,7 @@ find the same names, so the rules are python-multipart's, not RFC 9110's or RFC 
 from __future__ import annotations
 
 import re
+from encodings import normalize_encoding
 from encodings.aliases import aliases
 
 from vllm_router.errors import InvalidBody
@@ -26,8 +27,6 @@ _CHARSETS = _MODULES | {
 
 Clients use UTF-8. `codecs.lookup` must not see the client's text: it remembers every unknown name.
 """
-
-_NOT_IN_NAMES = re.compile(r"[^a-z0-9.\0]+")
 
 _BOUNDARY = re.compile(rb"[\x20-\x7e]{0,199}[\x21-\x7e]")
 _TOKEN = "[A-Za-z0-9!#$%&'*+.^_`|~-]+"
@@ -105,8 +104,8 @@ def boundary_and_charset(options: dict[str, str]) -> tuple[bytes, str]:
     if not _BOUNDARY.fullmatch(boundary):
         raise InvalidBody("The boundary of the form must have 1 to 200 visible ASCII characters.")
     given = options.get("charset", "utf-8")
-    name = _NOT_IN_NAMES.sub("_", given.lower()).strip("_")  # as `encodings.normalize_encoding`
-    charset = _CHARSETS.get(name) if given.isascii() else None
+    is_name = given.isascii() and "\0" not in given
+    charset = _CHARSETS.get(normalize_encoding(given.lower())) if is_name else None
     if charset is None:
         raise InvalidBody(f"The charset of the form must be utf-8, got {given[:40]!r}.")
     return boundary, charset

@@ -33,8 +33,9 @@ export class Confirm {
     byId("confirm-yes").disabled = true;
     const { asked } = this;
     const problem = await this.post(asked);
-    const failed = t("actionFailed", { reason: problem });
-    const said = problem === null ? t(`${asked.action}Done`, { server: asked.server }) : failed;
+    const said = problem === null
+      ? t(`${asked.action}Done`, { server: asked.server })
+      : t("actionFailed", { reason: problem });
     // The router may answer after the window was closed, or asks about another server.
     if (asked !== this.asked || !this.dialog.open) {
       this.done(said);
@@ -46,7 +47,7 @@ export class Confirm {
       this.done(said);
       return;
     }
-    byId("confirm-error").textContent = failed;
+    byId("confirm-error").textContent = said;
     byId("confirm-error").hidden = false;
   }
 
