@@ -198,7 +198,7 @@ class Fleet:
         """The server with a URL."""
         return self._by_url.get(url)
 
-    def look(self) -> None:
+    def refresh_leases(self) -> None:
         """Update `in_flight` by the leases of other processes, if there are any."""
 
     def gone(self) -> list[Server]:

@@ -48,7 +48,7 @@ class Ended(NamedTuple):
 
     at: float
     record: Record
-    facts: RoutingInfo | None
+    info: RoutingInfo | None
     trace_id: str | None = None
 
 
@@ -73,7 +73,7 @@ class AccessLog:
         if writer is None or (self.threshold > logging.INFO and not self._loud(record)):
             return
         trace_id = record.trace.trace_id if record.trace is not None else None
-        ended = Ended(time.time(), record, record.facts, trace_id)
+        ended = Ended(time.time(), record, record.info, trace_id)
         writer.put((json_line, ended) if self.form == "json" else text_line(ended))
 
     def refused(self, refusal: HttpError, client: tuple[str, int] | None, line: bytes) -> None:
@@ -111,7 +111,7 @@ def text_line(ended: Ended) -> str:
     The values of `fields` in the same order, except chunks and prefix; written out for speed.
     Values chosen by others go through `_plain` or `_shown`.
     """
-    at, record, facts, trace_id = ended
+    at, record, info, trace_id = ended
     took = record.ended_at - record.started_at
     level = "WARNING" if failed(record) else "INFO   "
     line = (
@@ -149,11 +149,11 @@ def text_line(ended: Ended) -> str:
     line += f" client={_shown(record.client)} request_id={record.request_id.decode('latin-1')}"
     if trace_id is not None:
         line += f" trace_id={trace_id}"
-    if facts is not None:
-        if facts.session is not None:
-            line += f" session={_pseudonym(facts.session)}"
-        if facts.prompt.size:
-            line += f" prompt_bytes={facts.prompt.size}"
+    if info is not None:
+        if info.session is not None:
+            line += f" session={_pseudonym(info.session)}"
+        if info.prompt.size:
+            line += f" prompt_bytes={info.prompt.size}"
     return line
 
 
@@ -182,7 +182,7 @@ def fields(ended: Ended) -> dict[str, Any]:
     `time` is the end of the exchange, as in every log line, `started` the arrival of the request.
     Durations are in seconds.
     """
-    at, record, facts, trace_id = ended
+    at, record, info, trace_id = ended
     took = record.ended_at - record.started_at
     values: dict[str, Any] = {
         "time": timestamp(at),
@@ -228,13 +228,13 @@ def fields(ended: Ended) -> dict[str, Any]:
     values["request_id"] = record.request_id.decode("latin-1")
     if trace_id is not None:
         values["trace_id"] = trace_id
-    if facts is not None:
-        if facts.session is not None:
+    if info is not None:
+        if info.session is not None:
             # User names are often mail addresses: log a hash that distinguishes them.
-            values["session"] = _pseudonym(facts.session)
-        if facts.prompt.size:
-            values["prompt_bytes"] = facts.prompt.size
-            values["prefix"] = pack_hashes(facts.prompt.block_hashes)
+            values["session"] = _pseudonym(info.session)
+        if info.prompt.size:
+            values["prompt_bytes"] = info.prompt.size
+            values["prefix"] = pack_hashes(info.prompt.block_hashes)
     return values
 
 

@@ -355,7 +355,9 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     (
         _gauge("queue_limit", "Requests that may wait per model; missing without [limits]."),
         lambda router: (
-            router.proxy.context.gate.limits.queue_size if router.proxy.context.gate else None
+            router.proxy.context.admission.limits.queue_size
+            if router.proxy.context.admission
+            else None
         ),
     ),
     (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),

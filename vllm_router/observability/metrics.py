@@ -157,7 +157,7 @@ class Metrics:
         self._key_refusals: dict[str, int] = {}
         # A counter that exists from the start shows its first event as an increase.
         for outcome, rule in RULES.items():
-            if rule.again is not RetryDecision.NO:
+            if rule.retry is not RetryDecision.NO:
                 self._retries[outcome.value].value = 0
         for phase in (Phase.BODY, Phase.QUEUE, Phase.CONNECT, Phase.WAIT, Phase.STREAM):
             self._disconnects[phase.value].value = 0

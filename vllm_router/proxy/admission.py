@@ -65,14 +65,14 @@ class AdmissionQueue:
         """Incremented when servers join, leave or change what they accept."""
         self._waiters = 0
         self._sessions = SessionAdmission(limits)
-        self._admitting = self._missed = False
-        self._lists: list[tuple[object, ...]] = []
+        self._admitting = self._missed_change = False
+        self._seen_servers: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
         self._peers = make_peers(self) if make_peers is not None else None
         self.queue: WaitingQueue[QueueEntry] = WaitingQueue(
             self._peers.number if self._peers is not None else 0
         )
-        self.fleet.on_settled.append(self.look)
+        self.fleet.on_settled.append(self.candidates_changed)
         self.fleet.on_transition.append(self._server_changed)
 
     @property
@@ -82,7 +82,7 @@ class AdmissionQueue:
 
     def queues(self, now: float) -> list[Queue]:
         """The state of all queues, with the requests of all processes. O(queues)."""
-        self._look_elsewhere(now)
+        self._read_peers(now)
         return [
             Queue(
                 queue.model,
@@ -121,11 +121,12 @@ class AdmissionQueue:
         Raises Refused if the queue is full, or the request has waited too long.
         """
         if self._peers is not None:
-            self._look_elsewhere(now)
-            self._look_again(now)
-            self.fleet.look()  # after the queue: a request that has left it may have a server
+            self._read_peers(now)
+            self._repeat_if_missed(now)
+            # After the queue: a request that has left it may have got a server.
+            self.fleet.refresh_leases()
         waiter = None
-        if self._sessions.must_queue(ticket, self.queue_name(ticket.facts.model)):
+        if self._sessions.must_queue(ticket, self.queue_name(ticket.info.model)):
             grant = None
         elif self._peers is None or not self.queue:
             # A free server cannot be of use to waiting requests: they would have it.
@@ -137,7 +138,7 @@ class AdmissionQueue:
             return grant
         if waiter is None:
             waiter = self._waiter(ticket, now)
-        displaced = self._check_in(waiter, bool(candidates), now)
+        displaced = self._check_room(waiter, bool(candidates), now)
         self.queue.join(waiter)
         if self._peers is not None:
             self._peers.publish(waiter, displaced)
@@ -170,7 +171,7 @@ class AdmissionQueue:
                 policy, lease = waiter.grant
                 lease.release()
                 policy.ended(lease, trio.current_time(), failed=False)
-                self.attempt_ended(waiter.ticket.facts, trio.current_time())
+                self.attempt_ended(waiter.ticket.info, trio.current_time())
                 self.freed(lease.server)
             raise
         finally:
@@ -181,7 +182,7 @@ class AdmissionQueue:
             if waiter.grant is None and waiter.refused is None:
                 self._leave(waiter, then)
         if waiter.grant is None:
-            raise waiter.take_refusal() if waiter.refused is not None else self._too_late(waiter)
+            raise waiter.take_refusal() if waiter.refused is not None else self._timed_out(waiter)
         return waiter.grant
 
     def _grant(
@@ -195,14 +196,14 @@ class AdmissionQueue:
 
         `promised`: slots of servers that are reserved for other requests.
         """
-        policy, facts, sessions = ticket.policy, ticket.facts, self._sessions
+        policy, info, sessions = ticket.policy, ticket.info, self._sessions
         begins = sessions.is_new(ticket)
         choice = None
         if not (promised or begins) and policy.skips_full(candidates):
             # In a large fleet a list of the free servers would cost more than the choice.
             if all(server.at_cap for server in candidates):
                 return None
-            choice = policy.pick(candidates, facts, now)
+            choice = policy.pick(candidates, info, now)
         if choice is None or choice[0].at_cap:
             free: Sequence[Server] = [server for server in candidates if not server.at_cap]
             if promised:
@@ -212,20 +213,20 @@ class AdmissionQueue:
                 return None
             # Policies recognise unchanged candidates by the identity of the tuple.
             among = candidates if len(free) == len(candidates) else free
-            choice = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
+            choice = policy.pick(among, info, now) if len(free) > 1 else (free[0], None)
         server, note = choice
         lease = server.lease(now)
         try:
-            policy.leased(lease, note, facts, now)
+            policy.leased(lease, note, info, now)
         except BaseException:
             lease.release()
             raise
-        sessions.begin(facts, server, now)
+        sessions.begin(info, server, now)
         return policy, lease
 
-    def attempt_ended(self, facts: RoutingInfo, now: float) -> None:
+    def attempt_ended(self, info: RoutingInfo, now: float) -> None:
         """An attempt of an admitted request has ended."""
-        self._sessions.end(facts, now)
+        self._sessions.end(info, now)
 
     def _route(self, ticket: Ticket, now: float) -> Route:
         return self._sessions.route(ticket, ticket.route(self.serving, now))
@@ -233,7 +234,7 @@ class AdmissionQueue:
     def _waiter(self, ticket: Ticket, now: float) -> Waiter:
         limits = self.limits
         return Waiter(
-            self.queue_name(ticket.facts.model),
+            self.queue_name(ticket.info.model),
             ticket.priority if limits.client_priority else 0,
             self._key(ticket.key),
             now,
@@ -247,7 +248,7 @@ class AdmissionQueue:
     def _key(self, name: str) -> object:
         return name if self._peers is None else self._peers.key(name)
 
-    def _check_in(self, waiter: Waiter, any_server: bool, now: float) -> QueueEntry | None:
+    def _check_room(self, waiter: Waiter, any_server: bool, now: float) -> QueueEntry | None:
         """Check that a new request may wait. Returns the request that it displaces, if any.
 
         Raises Refused if the queue is full, or the wait would be too long.
@@ -295,9 +296,9 @@ class AdmissionQueue:
         queue = self.queue.model_queue(entry.model)
         some = entry.ticket.candidates(now)
         refused = refusals.displaced(self._drained_in(queue, now))
-        self._send_away(entry, refused if some else entry.ticket.no_server(), now)
+        self._refuse(entry, refused if some else entry.ticket.no_server(), now)
 
-    def _too_late(self, waiter: Waiter) -> Refused:
+    def _timed_out(self, waiter: Waiter) -> Refused:
         """The refusal of a request that has waited as long as it may."""
         ticket, now = waiter.ticket, trio.current_time()
         if now >= ticket.deadline:
@@ -331,7 +332,7 @@ class AdmissionQueue:
                 self._serving[model] = found
         return found
 
-    def _follow_lists(self, now: float) -> None:
+    def _follow_servers(self, now: float) -> None:
         """Renew the routes of waiting requests after a change of the servers.
 
         They have joined, left or changed what they accept. O(servers), and O(waiting) after a
@@ -342,20 +343,20 @@ class AdmissionQueue:
             for server in self.fleet.servers.values()
         ]
         lists.append((self.fleet.names,))
-        if lists == self._lists:
+        if lists == self._seen_servers:
             return
-        self._lists = lists
+        self._seen_servers = lists
         self.generation += 1
         self._serving.clear()
         for queue in self.model_queues:
             for entry in list(queue):
                 if isinstance(entry, Waiter):
                     ticket = entry.ticket
-                    new_name = self.queue_name(ticket.facts.model)
+                    new_name = self.queue_name(ticket.info.model)
                     new_route = self._route(ticket, now)
                 else:
                     assert self._peers is not None
-                    new_name, new_route = self._peers.where(entry)
+                    new_name, new_route = self._peers.model_and_route(entry)
                 if (new_name, new_route) != (entry.model, entry.route):
                     self.queue.move(entry, new_name, new_route, now)
                     if self._peers is not None and isinstance(entry, Waiter):
@@ -368,7 +369,7 @@ class AdmissionQueue:
         now = trio.current_time()
         if self._peers is not None:
             self._peers.freed(server, now)
-            self._look_elsewhere(now)
+            self._read_peers(now)
         self._admit(now)
         if not server.at_cap:
             self.queue.server_left_free(now, lambda model: not model or server.serves(model))
@@ -378,30 +379,30 @@ class AdmissionQueue:
         queue = self.queue.model_queue(self.queue_name(model))
         queue.shortest.add(seconds, trio.current_time())
 
-    def woken(self, now: float) -> None:
+    def follow_peers(self, now: float) -> None:
         """Take over changes of the other processes, and admit requests."""
-        self._look_elsewhere(now)
+        self._read_peers(now)
         self._admit(now)
-        self._look_again(now)
+        self._repeat_if_missed(now)
 
-    def _look_elsewhere(self, now: float) -> None:
+    def _read_peers(self, now: float) -> None:
         """Take over the waiting requests of the other processes."""
         if self._peers is not None:
             admitting, self._admitting = self._admitting, True
             try:
-                self._peers.look(now)
+                self._peers.read_entries(now)
             finally:
                 self._admitting = admitting
 
-    def look(self, now: float) -> None:
+    def candidates_changed(self, now: float) -> None:
         """The candidates may have changed: admit and dismiss waiting requests."""
         if self._admitting:
-            self._missed = True  # called by the fleet, which was asked for candidates
+            self._missed_change = True  # called by the fleet, which was asked for candidates
             return
         if self._peers is not None:
             self._peers.changed(now)
-            self._look_elsewhere(now)
-        self._follow_lists(now)
+            self._read_peers(now)
+        self._follow_servers(now)
         self._admit(now)
         self.queue.drop_unknown_models(self.fleet.knows)
         self._admitting = True
@@ -409,7 +410,7 @@ class AdmissionQueue:
             self._dismiss(now)
         finally:
             self._admitting = False
-        self._look_again(now)
+        self._repeat_if_missed(now)
 
     def _dismiss(self, now: float) -> None:
         """Refuse requests whose model, and fallback models, no server has any more."""
@@ -423,14 +424,15 @@ class AdmissionQueue:
             return  # a server whose models are unknown yet may have them
         for waiter in [entry for queue in queues for entry in queue if isinstance(entry, Waiter)]:
             ticket = waiter.ticket
-            model = ticket.facts.model
+            model = ticket.info.model
             if not (model is None or knows(model) or ticket.candidates(now)):
-                self._send_away(waiter, ticket.no_server(), now)
+                self._refuse(waiter, ticket.no_server(), now)
 
-    def _look_again(self, now: float) -> None:
-        if self._missed:
-            self._missed = False
-            self.look(now)
+    def _repeat_if_missed(self, now: float) -> None:
+        """Handle a change that came while requests were being admitted."""
+        if self._missed_change:
+            self._missed_change = False
+            self.candidates_changed(now)
 
     def _admit(self, now: float) -> None:
         if not self.queue:
@@ -439,27 +441,27 @@ class AdmissionQueue:
         self._admitting = True
         try:
             if peers is None:
-                self.queue.admit(now, lambda entry: self._give(entry, now))
+                self.queue.admit(now, lambda entry: self._serve(entry, now))
             else:
                 # One state for the whole pass, read after the queue: a server that is released
                 # meanwhile is not for the requests in the rest of the pass alone.
-                self.fleet.look()
+                self.fleet.refresh_leases()
                 self.fleet.frozen = True
                 peers.begin(now)
-                for entry in self.queue.admit(now, lambda entry: self._give(entry, now)):
+                for entry in self.queue.admit(now, lambda entry: self._serve(entry, now)):
                     if isinstance(entry, Waiter):
                         peers.withdraw(entry)
                 peers.end(now)
         finally:
             self._admitting = self.fleet.frozen = False
-        self._look_again(now)
+        self._repeat_if_missed(now)
 
-    def _give(self, entry: QueueEntry, now: float) -> Verdict:
+    def _serve(self, entry: QueueEntry, now: float) -> Verdict:
         """Give a waiting request a server, or a refusal, if possible."""
         peers = self._peers
         if not isinstance(entry, Waiter):
             assert peers is not None
-            return peers.give(entry, now)
+            return peers.reserve(entry, now)
         ticket = entry.ticket
         if now + self.queue.model_queue(entry.model).shortest.seconds(now) > ticket.deadline:
             entry.refused = refusals.past_deadline()
@@ -485,7 +487,7 @@ class AdmissionQueue:
         entry.woken.set()
         return Verdict.SERVED
 
-    def _send_away(self, waiter: Waiter, refused: Refused, now: float) -> None:
+    def _refuse(self, waiter: Waiter, refused: Refused, now: float) -> None:
         self._leave(waiter, now)
         waiter.refused = refused
         waiter.woken.set()
@@ -512,12 +514,12 @@ class AdmissionQueue:
         self._sessions.apply(limits)
         now = trio.current_time()
         self.queue.reset_rates(now, lambda model: True)
-        self.look(now)
+        self.candidates_changed(now)
 
     def close(self) -> None:
         """Limits were removed: admit all requests, or refuse them if there is no server."""
-        self.look(trio.current_time())
-        self.fleet.on_settled.remove(self.look)
+        self.candidates_changed(trio.current_time())
+        self.fleet.on_settled.remove(self.candidates_changed)
         self.fleet.on_transition.remove(self._server_changed)
         self._empty(lambda waiter: waiter.ticket.no_server())
 
@@ -530,4 +532,4 @@ class AdmissionQueue:
         for queue in self.model_queues:
             for entry in list(queue):
                 if isinstance(entry, Waiter):
-                    self._send_away(entry, refused(entry), now)
+                    self._refuse(entry, refused(entry), now)

@@ -96,13 +96,13 @@ class AttemptResult(msgspec.Struct, gc=False):
     """How an attempt ended.
 
     `committed`: the client has got the response or a part of it. Then `ending` are the messages
-    that complete it; None if it is broken off. Else `again` says where to go next, and `doubtful`
+    that complete it; None if it is broken off. Else `retry` says where to go next, and `doubtful`
     is a response that may still become the client's. `rejected`: the response is an error of the
     client's own.
     """
 
     outcome: Outcome
-    again: RetryDecision = RetryDecision.NO
+    retry: RetryDecision = RetryDecision.NO
     committed: bool = False
     ending: FinalMessages | None = None
     doubtful: FinalMessages | None = None
@@ -117,7 +117,7 @@ class AttemptResult(msgspec.Struct, gc=False):
 class Attempt:
     """One try on one server, with a second connection if a kept one had been closed."""
 
-    _again: RetryDecision | None
+    _retry: RetryDecision | None
     _interrupted: Outcome | None
     _fresh = _opened = _closed_before = _committed = _rejected = False
     _ending: FinalMessages | None = None
@@ -167,12 +167,12 @@ class Attempt:
         context, attempts = self._context, self._attempts
         lease, deadline, record = self._lease, self._deadline, attempts.record
         settings, pool = context.settings, self._upstream.pool
-        replayable = settings.replay and attempts.request.facts.replayable
+        replayable = settings.replay and attempts.request.info.replayable
         while True:
             connection = None
             if not self._fresh and replayable:
                 connection = pool.take_idle(now)
-            self._again = self._interrupted = None
+            self._retry = self._interrupted = None
             if connection is None:
                 record.phase = Phase.CONNECT
                 deadline.begin(Outcome.CONNECT_TIMEOUT, now + settings.connect_timeout)
@@ -232,9 +232,9 @@ class Attempt:
 
     def _decide(self, outcome: Outcome) -> RetryDecision:
         """Where to go after an uncommitted end. Decided once, at times before the end."""
-        if self._again is None:
-            self._again = self._attempts.decide(outcome, fresh=self._fresh)
-        return self._again
+        if self._retry is None:
+            self._retry = self._attempts.decide(outcome, fresh=self._fresh)
+        return self._retry
 
     async def _communicate(self, connection: Connection | None) -> Outcome | None:
         """Connect, send and receive. Every fault of the connection becomes an Outcome.
@@ -261,11 +261,11 @@ class Attempt:
             record = attempts.record
             if not record.sent_at:
                 record.sent_at = self._context.now()
-            answer = await connection.read_head(deadline.read_until)
+            raw_head = await connection.read_head(deadline.read_until)
             if connection.complete or deadline.read_until == math.inf:
-                return await self._receive(connection, answer)
+                return await self._receive(connection, raw_head)
             with deadline.scope():
-                return await self._receive(connection, answer)
+                return await self._receive(connection, raw_head)
             return None
         except OwnFault:
             return Outcome.OWN_FAULT
@@ -294,13 +294,13 @@ class Attempt:
 
     # -- the response -------------------------------------------------------------------------
 
-    async def _receive(self, connection: Connection, answer: ResponseHead) -> Outcome:
+    async def _receive(self, connection: Connection, raw_head: ResponseHead) -> Outcome:
         """Read the response: classify its status, hold it until it is proven, pass it on."""
         attempts = self._attempts
-        record, status = attempts.record, answer.status
+        record, status = attempts.record, raw_head.status
         self.response = response = ServerResponse(
             connection,
-            answer,
+            raw_head,
             attempts.request.head,
             self._lease,
             self._deadline,
@@ -335,9 +335,9 @@ class Attempt:
 
     def _classify(self, response: ServerResponse) -> Outcome:
         """The outcome of a status that may be about the server."""
-        answer, server = response.answer, self._lease.server
+        raw_head, server = response.raw_head, self._lease.server
         own_key = self._attempts.candidates.shows_client_key
-        outcome = classify_status(answer.status, answer.content_length != 0, own_key=own_key)
+        outcome = classify_status(raw_head.status, raw_head.content_length != 0, own_key=own_key)
         if outcome is FULL:
             wait = parse_retry_after(response.head.fields.get(b"retry-after", b""))
             server.refused(self._lease.last_byte_at, wait)
@@ -348,7 +348,7 @@ class Attempt:
         head = response.head
         body = response.held if response.connection.complete else None
         return self._attempts.candidates.judge_response(
-            response.answer.status, head.content_type, head.fields, body
+            response.raw_head.status, head.content_type, head.fields, body
         )
 
     async def _hold(self, response: ServerResponse) -> None:
@@ -376,7 +376,7 @@ class Attempt:
         else:
             # Bodies that come in pieces, such as audio, or compressed, are used as they come:
             # only their first bytes are held.
-            length = response.answer.content_length
+            length = response.raw_head.content_length
             whole = head.readable and not head.is_stream and (length is not None or head.is_json)
             send_early = None
             if head.is_json and response.judged and length is None:
@@ -393,7 +393,7 @@ class Attempt:
             return outcome
         if verdict is Verdict.CUT:
             return Outcome.ENGINE_ABORT if await self._accepts_connections() else Outcome.ABORTED
-        if verdict is Verdict.EMPTY and response.answer.status in _WITHOUT_CONTENT:
+        if verdict is Verdict.EMPTY and response.raw_head.status in _WITHOUT_CONTENT:
             verdict = Verdict.NO_TOKENS
         outcome = _OUTCOMES[verdict]
         if outcome is FULL:
@@ -402,7 +402,7 @@ class Attempt:
             # If no other server has a better one, all of this is the client's.
             while not connection.exhausted and len(response.held) < HOLD_STREAM:
                 response.held += await connection.read_body()
-            if self._attempts.request.facts.stores:
+            if self._attempts.request.info.stores:
                 self._note_id(response)
             last = {"type": BODY, "body": response.held, "more_body": False}
             self._doubtful = (self._head_for_client(response), last)
@@ -431,7 +431,7 @@ class Attempt:
         if response.head.is_stream or not exhausted:
             response.make_tail()
         start = self._commit(response, outcome, whole=exhausted)
-        if self._attempts.request.facts.stores and response.answer.status == 200:
+        if self._attempts.request.info.stores and response.raw_head.status == 200:
             self._note_id(response)
         early = downstream.early is not None
         if early or not (exhausted and response.held):
@@ -466,7 +466,7 @@ class Attempt:
     def _commit(self, response: ServerResponse, outcome: Outcome, *, whole: bool) -> Message:
         """From now on the client gets this response and no other. Returns its head."""
         attempts, lease = self._attempts, self._lease
-        record, status = attempts.record, response.answer.status
+        record, status = attempts.record, response.raw_head.status
         record.first_byte_at = now = lease.last_byte_at
         if response.head.is_stream:
             attempts.request.policy.first_byte(lease)
@@ -483,22 +483,22 @@ class Attempt:
         start = self._head_for_client(response)
         if outcome is FULL:
             # Another of the full servers may be free before this one.
-            fleet, model = self._context.fleet, attempts.request.facts.model
+            fleet, model = self._context.fleet, attempts.request.info.model
             start["headers"] = sooner(start["headers"], fleet.retry_after(model, now))
         self._deadline.begin_stream(now, whole=whole)
         return start
 
     def _head_for_client(self, response: ServerResponse) -> Message:
         """The head of the response as the client gets it."""
-        record, answer = self._attempts.record, response.answer
+        record, raw_head = self._attempts.record, response.raw_head
         headers = response.head.for_client(
-            answer.content_length,
+            raw_head.content_length,
             self._upstream.name,
             record.attempts,
             record.request_id,
             anthropic=self._attempts.request.anthropic,
         )
-        return {"type": "http.response.start", "status": answer.status, "headers": headers}
+        return {"type": "http.response.start", "status": raw_head.status, "headers": headers}
 
     async def _send_early(self, response: ServerResponse, kind: bytes, data: bytes) -> None:
         """Send bytes before the response is proven, after its head."""
@@ -516,7 +516,7 @@ class Attempt:
 
     async def _answer_late(self, response: ServerResponse) -> None:
         """The client has the head of another response: put the error's text into that one."""
-        status, record = response.answer.status, self._attempts.record
+        status, record = response.raw_head.status, self._attempts.record
         self._committed = self._rejected = True
         record.status, record.phase = 200, STREAM
         self._attempts.release_body(record.status)

@@ -72,7 +72,7 @@ class Attempts:
     @property
     def replayable(self) -> bool:
         """Whether the request may be sent again after a server has received it."""
-        return self.request.facts.replayable and self._context.settings.replay
+        return self.request.info.replayable and self._context.settings.replay
 
     def release_body(self, status: int) -> None:
         """A response with this status goes to the client: the body is never sent again."""
@@ -163,7 +163,7 @@ class Attempts:
         rule = RULES[FULL if self._better_called_busy(outcome) else outcome]
         wait = None
         if rule.status == 503:
-            wait = self._context.fleet.retry_after(self.request.facts.model, now)
+            wait = self._context.fleet.retry_after(self.request.info.model, now)
         return Refused(rule.status, rule.code, rule.message, retry_after=wait)
 
     # -- requests that break servers ----------------------------------------------------------

@@ -72,4 +72,4 @@ class BatchedRecorder:
             for record in records:
                 recorder.exchange_ended(record)
         for record in records:
-            record.facts = record.trace = None
+            record.info = record.trace = None

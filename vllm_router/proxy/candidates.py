@@ -54,7 +54,7 @@ class Candidates:
         """Ask for the model with this public name from now on. Raises Refused."""
         record, request = self._record, self._request
         request.ask_for(public, self._context.fleet.names)
-        served = request.facts.model
+        served = request.info.model
         record.served_model = served if served != record.model else None
 
     def find(self, now: float) -> tuple[Server, ...]:
@@ -66,16 +66,16 @@ class Candidates:
         """
         fleet = self._context.fleet
         if not (self.tried or self.falls_back or fleet.selective or self.selection is not None):
-            return fleet.candidates(self._request.facts.model, now)
+            return fleet.candidates(self._request.info.model, now)
         if self.falls_back and fleet.probed:
             name = self._first_available(now)
-            if name is not None and fleet.names.served(name) != self._request.facts.model:
+            if name is not None and fleet.names.served(name) != self._request.info.model:
                 self.ask_for(name)
         return self.untried(now)
 
     def untried(self, now: float) -> tuple[Server, ...]:
         """The same for the model that is asked for at the moment."""
-        fleet, model = self._context.fleet, self._request.facts.model
+        fleet, model = self._context.fleet, self._request.info.model
         if fleet.selective or self.selection is not None:
             found = self.select().servers(now, self.tried)
         elif self.tried:
@@ -129,7 +129,7 @@ class Candidates:
 
         `serving` returns the servers that have a model, whatever their state.
         """
-        model, public = self._request.facts.model, self._record.model
+        model, public = self._request.info.model, self._record.model
         names = self._context.fleet.names
         if self.falls_back and public is not None:
             servers = serving(names.served(public)).union(
@@ -177,7 +177,7 @@ class Candidates:
 
         Returns none if the request may wait in the admission queue. Raises Refused.
         """
-        context, model = self._context, self._request.facts.model
+        context, model = self._context, self._request.info.model
         fleet, settings = context.fleet, context.settings
         with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
             while not (fleet.probed or context.stopping):
@@ -198,7 +198,7 @@ class Candidates:
             candidates = self.find(trio.current_time())
             if candidates:
                 return candidates
-        if context.gate is not None and (model is None or fleet.knows(model)):
+        if context.admission is not None and (model is None or fleet.knows(model)):
             return ()
         raise self.no_server()
 
@@ -212,7 +212,7 @@ class Candidates:
         fleet, key = self._context.fleet, self._key
         if isinstance(self.selection, OwnerSelection):
             return self.selection.unavailable(trio.current_time())
-        model, asked = self._request.facts.model, self._record.model
+        model, asked = self._request.info.model, self._record.model
         shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
             known, unheard = fleet.public_models(), fleet.without_models

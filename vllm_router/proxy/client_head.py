@@ -23,7 +23,7 @@ from vllm_router.routing.prompt.session import session_hint
 
 
 class ClientHead:
-    """The facts of a request head under one configuration.
+    """What follows from a request head under one configuration.
 
     Made once for all requests of a connection whose heads differ in Content-Length alone.
 

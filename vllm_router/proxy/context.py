@@ -60,9 +60,9 @@ class ProxyContext:
     """The state that exchanges share. Exchanges read it; `Proxy` assigns the fields.
 
     `now` is `trio.current_time` without its two indirections.
-    `settings` to `gate` follow the configuration, and change while exchanges run. `plain` says
-    that all requests use the default policy and the model names of the servers; `gate` is None
-    without `[limits]`.
+    `settings` to `admission` follow the configuration, and change while exchanges run.
+    `per_request_rules`: `[models]` or `policy_header` is set, so that a request may need another
+    model name in its body, or another policy. `admission` is None without `[limits]`.
     `body_turns` makes long bodies that are read in slices take turns.
     `known_bodies` reads long bodies that repeat earlier ones.
     `owners` says which server has which stored response; `looking_for_owners` bounds the requests
@@ -80,9 +80,9 @@ class ProxyContext:
     jitter: Callable[[], float]
     max_body: int = 0
     trusted: tuple[Network, ...] = ()
-    plain: bool = True
+    per_request_rules: bool = False
     upstreams: dict[Server, Upstream] = field(default_factory=dict)
-    gate: AdmissionQueue | None = None
+    admission: AdmissionQueue | None = None
     budget: RetryBudget = field(default_factory=RetryBudget)
     quarantine: Quarantine = field(default_factory=Quarantine)
     failures: Failures = field(default_factory=Failures)

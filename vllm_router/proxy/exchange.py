@@ -211,33 +211,33 @@ class Exchange:
         request = self.request = self._make_request(body)
         candidates = Candidates(context, request, record, key)
         self._attempts = attempts = Attempts(context, request, record, candidates)
-        if request.facts is UNREAD:
+        if request.info is UNREAD:
             await self._read_in_slices(request)
         total = context.settings.total_timeout
         if total is not None:
             attempts.deadline = record.body_read_at + total
-        if context.gate is not None:
-            self._heed_deadline(attempts)
-        about_response = self._head.response_id
-        if key is not None and about_response is None and not key.allows(record.model):
+        if context.admission is not None:  # it has no effect without [limits]
+            self._apply_client_timeout(attempts)
+        stored_id = self._head.response_id
+        if key is not None and stored_id is None and not key.allows(record.model):
             raise _not_allowed(key, record.model)
-        if record.model is not None and not context.plain:
+        if record.model is not None and context.per_request_rules:
             if len(body) > EDITED_AT_ONCE:
                 await request.make_editable(record.model, context.fleet.names, context.body_turns)
             candidates.use_names(record.model)
-        if about_response is not None or request.facts.previous is not None:
-            await self._bind_to_owner(candidates, about_response)
+        if stored_id is not None or request.info.previous is not None:
+            await self._bind_to_owner(candidates, stored_id)
 
-    async def _bind_to_owner(self, candidates: Candidates, about_response: bytes | None) -> None:
+    async def _bind_to_owner(self, candidates: Candidates, stored_id: bytes | None) -> None:
         """Use only the server with the stored response that the request needs. Raises Refused."""
         context, request, record = self._context, self.request, self.record
-        identifier = request.facts.previous
-        if about_response is not None:
-            identifier = about_response.decode("latin-1")
+        identifier = request.info.previous
+        if stored_id is not None:
+            identifier = stored_id.decode("latin-1")
             if request.method == "GET":
-                request.facts = msgspec.structs.replace(request.facts, replayable=True)
+                request.info = msgspec.structs.replace(request.info, replayable=True)
         assert identifier is not None
-        continues = about_response is None
+        continues = stored_id is None
         owner = await find_owner(context, request, self._key, identifier, continues=continues)
         record.owner = owner
         candidates.bind(OwnerSelection(context.fleet, request, record, owner, new_work=continues))
@@ -247,7 +247,9 @@ class Exchange:
         record.bytes_in = len(body)
         record.body_read_at = context.now()
         record.phase = QUEUE
-        wanted = None if context.plain else wanted_policy(context.policies, head.fields)
+        wanted = None
+        if context.per_request_rules:
+            wanted = wanted_policy(context.policies, head.fields)
         request = Request(
             self._scope,
             head,
@@ -260,10 +262,10 @@ class Exchange:
             context.known_bodies,
             with_prompt=context.wants_prompt,
         )
-        record.facts = facts = request.facts
-        record.model, record.stream = facts.model, facts.stream
-        if facts.transfer is not None:
-            check_transfer(facts.transfer, context.settings)
+        record.info = info = request.info
+        record.model, record.stream = info.model, info.stream
+        if info.transfer is not None:
+            check_transfer(info.transfer, context.settings)
         if record.trace is not None:
             request.drop(record.trace.replaced)
         return request
@@ -276,10 +278,10 @@ class Exchange:
         )
         record = self.record
         record.body_read_at = context.now()
-        record.facts = facts = request.facts
-        record.model, record.stream = facts.model, facts.stream
-        if facts.transfer is not None:
-            check_transfer(facts.transfer, context.settings)
+        record.info = info = request.info
+        record.model, record.stream = info.model, info.stream
+        if info.transfer is not None:
+            check_transfer(info.transfer, context.settings)
         if oddity and key is not None and key.models is not None:
             # The key is limited to some models, and vLLM might read another model in the form.
             raise Refused(
@@ -288,7 +290,7 @@ class Exchange:
                 f"This key is limited to some models, so forms must be plain, but {oddity}.",
             )
 
-    def _heed_deadline(self, attempts: Attempts) -> None:
+    def _apply_client_timeout(self, attempts: Attempts) -> None:
         """Apply the client's `X-Request-Timeout`. Raises Refused if it is invalid or over."""
         given = self._head.fields.get(b"x-request-timeout")
         if given is None:
@@ -314,7 +316,7 @@ class Exchange:
         while True:
             policy, lease = self._choose(now) or await self._wait_for_server(now)
             result = await self._attempt(policy, lease)
-            outcome, again = result.outcome, result.again
+            outcome, retry = result.outcome, result.retry
             record.outcome = outcome
             if result.committed:
                 return result.ending
@@ -322,10 +324,10 @@ class Exchange:
                 attempts.doubted += (lease.server,)
                 if attempts.doubtful is None and result.doubtful is not None:
                     attempts.doubtful = result.doubtful, outcome
-            if again is RetryDecision.NO and outcome in BREAKS_SERVERS:
-                again = await attempts.reconsider(outcome)
+            if retry is RetryDecision.NO and outcome in BREAKS_SERVERS:
+                retry = await attempts.reconsider(outcome)
             now = trio.current_time()
-            if again is RetryDecision.NO:
+            if retry is RetryDecision.NO:
                 if attempts.doubtful is not None:
                     return self._deliver(*attempts.doubtful)
                 raise attempts.refusal(outcome, now)
@@ -343,7 +345,7 @@ class Exchange:
                     raise refused
                 finally:
                     del refused  # as in `_forward_watched`
-        if context.gate is not None:
+        if context.admission is not None:
             return None
         candidates = attempts.candidates.find(now)
         return self._lease(candidates, now) if candidates else None
@@ -355,22 +357,22 @@ class Exchange:
         if not candidates:
             candidates = await attempts.candidates.wait()
             now = trio.current_time()
-        gate = self._context.gate
-        if gate is None:
+        admission = self._context.admission
+        if admission is None:
             return self._lease(candidates, now)
         if self._head.response_id is not None:
             # What reads or cancels takes no place of a request, and waits for none.
             if not candidates:
                 raise attempts.candidates.no_server()
             return self._lease(candidates, now)
-        return await gate.pass_through(ExchangeTicket(attempts, self._head), candidates, now)
+        return await admission.pass_through(ExchangeTicket(attempts, self._head), candidates, now)
 
     def _lease(self, candidates: Sequence[Server], now: float) -> tuple[Policy, Lease]:
-        policy, facts = self.request.policy, self.request.facts
-        server, note = policy.pick(candidates, facts, now)
+        policy, info = self.request.policy, self.request.info
+        server, note = policy.pick(candidates, info, now)
         lease = server.lease(now)
         try:
-            policy.leased(lease, note, facts, now)
+            policy.leased(lease, note, info, now)
         except BaseException:
             lease.release()
             raise
@@ -406,7 +408,9 @@ class Exchange:
         record.chunks += 1
         record.first_byte_at = trio.current_time()
         self._attempts.release_body(record.status)
-        return start if self.downstream.early is None else None, last
+        if self.downstream.early is not None:
+            start = None  # the client has a head already
+        return start, last
 
 
 def _not_allowed(key: KeyConfig, model: str | None) -> Refused:

@@ -47,12 +47,12 @@ def report_attempt(
         else:
             _report_failure(context, attempts, lease, result)
         context.recorder.attempt_ended(lease.server, result.outcome)
-    gate = context.gate
-    if gate is not None:
-        gate.attempt_ended(attempts.request.facts, now)
+    admission = context.admission
+    if admission is not None:
+        admission.attempt_ended(attempts.request.info, now)
         if result is not None and result.complete and attempts.record.status == 200:
-            gate.served(attempts.request.facts.model, now - lease.taken_at)
-        gate.freed(lease.server)
+            admission.served(attempts.request.info.model, now - lease.taken_at)
+        admission.freed(lease.server)
 
 
 def _counts(outcome: Outcome, lease: Lease) -> bool:
@@ -95,7 +95,7 @@ def _report_failure(
     elif outcome in DOUBTFUL:
         now = context.now()
         fleet.record_error(server, now, now - lease.taken_at)
-        if result.again is RetryDecision.NO and outcome is Outcome.NO_TOKENS:
+        if result.retry is RetryDecision.NO and outcome is Outcome.NO_TOKENS:
             # No other server gives more: the answer stands, and the server is well.
             server.answered(now, trial=lease.trial)
     elif outcome is Outcome.ENGINE_ABORT:

@@ -90,7 +90,7 @@ class Proxy:
         context.policies.apply(
             settings.policy, own, PolicySettings.of(settings), on_request=on_request
         )
-        context.plain = not (config.models or on_request)
+        context.per_request_rules = bool(config.models or on_request)
         servers = context.fleet.all_servers()
         for server in servers:
             self.prepare(server)
@@ -122,15 +122,15 @@ class Proxy:
     def _apply_limits(self, limits: LimitsConfig | None) -> None:
         """Waiting requests that are admitted under the new limits go on at once."""
         context = self.context
-        gate = context.gate
+        admission = context.admission
         if limits is None:
-            context.gate = None
-            if gate is not None:
-                gate.close()
-        elif gate is None:
-            context.gate = AdmissionQueue(context.fleet, limits, self._make_peers)
+            context.admission = None
+            if admission is not None:
+                admission.close()
+        elif admission is None:
+            context.admission = AdmissionQueue(context.fleet, limits, self._make_peers)
         else:
-            gate.apply(limits)
+            admission.apply(limits)
 
     def _tls_context(self, server: Server) -> ssl.SSLContext | None:
         if self._tls is None or not server.url.startswith("https:"):
@@ -154,7 +154,7 @@ class Proxy:
 
     # -- ending exchanges from outside --------------------------------------------------------
 
-    def tick(self, server: Server, now: float) -> None:
+    def maintain(self, server: Server, now: float) -> None:
         """Periodic upkeep of a server, called after each scrape.
 
         Closes expired idle connections. If the server is down or asleep, ends requests that have
@@ -224,6 +224,6 @@ class Proxy:
         context = self.context
         for exchange in context.exchanges:
             exchange.interrupt(Outcome.STOPPED.value)
-        if context.gate is not None:
-            context.gate.stop(router_stopping)
+        if context.admission is not None:
+            context.admission.stop(router_stopping)
         return len(context.exchanges)

@@ -30,7 +30,7 @@ class Record(msgspec.Struct, eq=False, gc=False):
     """Times are on trio's clock, in seconds; `status` is 0 until a response is chosen.
 
     `waited` is the time in the admission queue. Token counts are known if the response has them and
-    a recorder uses them. `facts` and `trace` are removed after the recorders have run: records are
+    a recorder uses them. `info` and `trace` are removed after the recorders have run: records are
     kept, prompts are not. `model` is the model that the client asked for, `served_model` the name
     sent to the server if that differs; `policy` is the name of the policy that chose the server.
     `owner` is the server with the stored response that the request needs, if it needs one.
@@ -62,7 +62,7 @@ class Record(msgspec.Struct, eq=False, gc=False):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
-    facts: RoutingInfo | None = None
+    info: RoutingInfo | None = None
     trace: Trace | None = None
     served_model: str | None = None
     policy: str = ""

@@ -38,7 +38,7 @@ class Request:
     """What every attempt of an exchange sends, except what differs from server to server.
 
     `head` is the client's; `forwarded` and `added` are field lines, the client's and ours. `body`
-    is empty once it can no longer be needed. `policy` chooses the servers. `facts` are UNREAD
+    is empty once it can no longer be needed. `policy` chooses the servers. `info` are UNREAD
     until `read` for a body that is not read at once.
     """
 
@@ -53,10 +53,10 @@ class Request:
         "added",
         "anthropic",
         "body",
-        "facts",
         "forwarded",
         "head",
         "headers",
+        "info",
         "method",
         "policy",
         "share",
@@ -80,7 +80,7 @@ class Request:
         """`share` has counted the body.
 
         `wanted` is the policy that the client chose, if any. `seeds` are the fleet's; `known` reads
-        long bodies that repeat earlier ones. `with_prompt`: the facts must have the prompt even if
+        long bodies that repeat earlier ones. `with_prompt`: `info` must have the prompt even if
         the policies do not use it.
         """
         read = policies if wanted is None else wanted
@@ -98,7 +98,7 @@ class Request:
         self.anthropic = head.anthropic
         self.added = b"%b\r\nx-request-id: %b" % (head.added, identifier)
         self.body = body
-        facts = read_at_once(
+        info = read_at_once(
             scope["raw_path"],
             head.content_type,
             body,
@@ -108,7 +108,7 @@ class Request:
             seeds=seeds.of,
             known=known,
         )
-        self.facts: RoutingInfo = UNREAD if facts is None else facts
+        self.info: RoutingInfo = UNREAD if info is None else info
         self.policy: Policy = policies.default if wanted is None else wanted
         self._model_places: tuple[tuple[int, int], ...] | None = None
         self._write_name: Callable[[str], bytes] = json_name
@@ -136,9 +136,9 @@ class Request:
             reading = await in_slices(steps, turns)
         except InvalidBody as error:
             raise _invalid(error) from None
-        self.facts = reading.facts
+        self.info = reading.info
         self._model_places, self._write_name = reading.places, reading.name
-        if reading.text is not None and reading.facts.model in names.rules:
+        if reading.text is not None and reading.info.model in names.rules:
             # The model name may have to be edited. vLLM treats the body in UTF-8 alike.
             self.body = reading.text
             self.drop(_BODY_DIGESTS)
@@ -150,7 +150,7 @@ class Request:
         Raises Refused if the body cannot be edited.
         """
         served = names.served(public)
-        if served != self.facts.model:
+        if served != self.info.model:
             try:
                 if self._model_places is None:
                     self.body = with_model(self.body, served)
@@ -174,7 +174,7 @@ class Request:
         try:
             if self._model_places is None:
                 self._model_places = await in_slices(model_places(self.body), turns)
-            if served != self.facts.model:
+            if served != self.info.model:
                 steps = replaced(self.body, self._model_places, self._write_name(served))
                 self.body, self._model_places = await in_slices(steps, turns)
                 self._set_model(served)
@@ -182,9 +182,9 @@ class Request:
             raise _invalid(error) from None
 
     def _set_model(self, served: str) -> None:
-        facts, seeds = self.facts, self._seeds
-        prompt = reseeded(facts.prompt, seeds.of(facts.model), seeds.of(served))
-        self.facts = msgspec.structs.replace(facts, model=served, prompt=prompt)
+        info, seeds = self.info, self._seeds
+        prompt = reseeded(info.prompt, seeds.of(info.model), seeds.of(served))
+        self.info = msgspec.structs.replace(info, model=served, prompt=prompt)
         self.drop(_BODY_DIGESTS)
 
     def drop(self, names: frozenset[bytes]) -> None:

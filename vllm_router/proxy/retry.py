@@ -66,7 +66,7 @@ class OutcomeRule:
     """One row: does it count against the server, may it go elsewhere, what the client gets."""
 
     counts_against_server: bool
-    again: RetryDecision
+    retry: RetryDecision
     status: int = 502
     code: str = ""
     message: str = ""
@@ -358,16 +358,16 @@ def decide(
     a request from a healthy server. That cannot amplify an outage: a server that fails one request
     is not healthy for a while.
     """
-    again = RULES[outcome].again
-    if again is RetryDecision.SAME_SERVER:
+    retry = RULES[outcome].retry
+    if retry is RetryDecision.SAME_SERVER:
         if state.replayable and not state.fresh_connection_tried:
             return RetryDecision.SAME_SERVER
-        again = RetryDecision.IF_REPLAYABLE
-    if again is RetryDecision.NO or not state.candidates_left:
+        retry = RetryDecision.IF_REPLAYABLE
+    if retry is RetryDecision.NO or not state.candidates_left:
         return RetryDecision.NO
     if state.attempts > max_retries and not _may_go_on(state, max_retries):
         return RetryDecision.NO
-    if again is RetryDecision.IF_REPLAYABLE and not state.replayable:
+    if retry is RetryDecision.IF_REPLAYABLE and not state.replayable:
         return RetryDecision.NO
     if outcome in DOUBTFUL and state.doubtful > 1:
         return RetryDecision.NO

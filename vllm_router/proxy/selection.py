@@ -62,11 +62,11 @@ class Selection:
     def asked(self) -> Asked:
         """The properties of the request that servers accept or refuse."""
         path = self._record.path[:LONGEST_PATH].decode("latin-1")
-        return Asked(path, self._request.facts.model, self._record.bytes_in)
+        return Asked(path, self._request.info.model, self._record.bytes_in)
 
     def servers(self, now: float, tried: Sequence[Server]) -> tuple[Server, ...]:
         """The servers that may accept the request; see `Fleet.fitting`."""
-        model, tokens = self._request.facts.model, self._needed()
+        model, tokens = self._request.info.model, self._needed()
         return self._fleet.fitting(model, now, tried, self.asked(), tokens, self.longer_than)
 
     def unfit(self, now: float) -> frozenset[Server]:
@@ -102,7 +102,7 @@ class Selection:
         is no candidate for it any more. A context that is too short counts only if another server
         has a longer one.
         """
-        server, model = tried[-1], self._request.facts.model
+        server, model = tried[-1], self._request.info.model
         if headers.get(b"content-encoding", b"identity") != b"identity":
             body = None
         self._judgement = judgement = judge_answer(

@@ -23,8 +23,8 @@ _EVENTS = b"text/event-stream"
 _AFTER_TYPE = (b"", b";", b" ")
 
 
-class AnswerHead:
-    """The facts of a response head, for all responses that differ in Content-Length alone.
+class ServerHead:
+    """What follows from a response head, for all responses that differ in Content-Length alone.
 
     `fields` are the headers as a dictionary, with the Content-Length of the first response.
     `readable` says that the body is not compressed, `is_page` that it is a page for people,
@@ -70,14 +70,14 @@ class AnswerHead:
         self._has_id = b"request-id" in fields
 
     @classmethod
-    def of(cls, answer: ResponseHead) -> AnswerHead:
+    def of(cls, raw: ResponseHead) -> ServerHead:
         """The head of this response, made for it or for an earlier one."""
-        memo = answer.memo
+        memo = raw.memo
         if memo is None:
-            return cls(answer.headers)
-        head: AnswerHead | None = memo.get(cls)
+            return cls(raw.headers)
+        head: ServerHead | None = memo.get(cls)
         if head is None:
-            head = memo[cls] = cls(answer.headers)
+            head = memo[cls] = cls(raw.headers)
         return head
 
     def for_client(
@@ -111,13 +111,13 @@ class AnswerHead:
 class ServerResponse:
     """A response whose head has arrived.
 
-    `held` are the bytes of the body that the client has not got. `judged` says that the body can
-    be read and shows whether the engine has answered; `verdict` is what its beginning shows.
+    `raw_head` is the head as it came, `head` what follows from it. `held` are the bytes of the body
+    that the client has not got. `judged` says that the body can be read and shows whether the
+    engine has answered; `verdict` is what its beginning shows.
     `usage` are the token counts of a whole plain body, `tail` the end of a body that is relayed.
     """
 
     __slots__ = (
-        "answer",
         "api",
         "connection",
         "deadline",
@@ -126,6 +126,7 @@ class ServerResponse:
         "judged",
         "lease",
         "now",
+        "raw_head",
         "tail",
         "usage",
         "verdict",
@@ -134,15 +135,15 @@ class ServerResponse:
     def __init__(
         self,
         connection: Connection,
-        answer: ResponseHead,
+        raw_head: ResponseHead,
         client_head: ClientHead,
         lease: Lease,
         deadline: Deadline,
         now: Callable[[], float],
     ) -> None:
         self.connection = connection
-        self.answer = answer
-        self.head = head = AnswerHead.of(answer)
+        self.raw_head = raw_head
+        self.head = head = ServerHead.of(raw_head)
         self.lease = lease
         self.deadline = deadline
         self.now = now
@@ -151,7 +152,7 @@ class ServerResponse:
         self.usage: Usage | None = None
         self.tail: StreamTail | PlainTail | None = None
         self.api = client_head.api
-        self.judged = head.judgeable and client_head.pure and answer.status < 300
+        self.judged = head.judgeable and client_head.pure and raw_head.status < 300
 
     def received(self) -> float:
         """Note that bytes have just come from the server. Returns the time."""
@@ -177,9 +178,9 @@ class ServerResponse:
 
     def make_tail(self) -> None:
         """Keep the end of the body from now on, if more than `held` is relayed."""
-        head, answer = self.head, self.answer
+        head, raw = self.head, self.raw_head
         if head.is_stream and head.readable:
             self.tail = StreamTail()
         elif not self.connection.complete:
-            until_close = answer.content_length is None and not answer.chunked
+            until_close = raw.content_length is None and not raw.chunked
             self.tail = PlainTail(json=head.is_json and head.readable, until_close=until_close)

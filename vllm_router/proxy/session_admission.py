@@ -44,7 +44,7 @@ class SessionAdmission:
     def is_new(self, ticket: Ticket) -> bool:
         """Whether the request must wait until its session fits. One that was admitted need not."""
         leases = self._leases
-        return leases is not None and not ticket.returning and leases.is_new(ticket.facts)
+        return leases is not None and not ticket.returning and leases.is_new(ticket.info)
 
     def must_queue(self, ticket: Ticket, queue_name: str | None) -> bool:
         """Whether new sessions wait before this one: they are admitted in order of arrival."""
@@ -63,17 +63,17 @@ class SessionAdmission:
         leases = self._leases
         if leases is None or not self.is_new(ticket):
             return servers
-        return leases.fitting(ticket.facts, servers, now)
+        return leases.fitting(ticket.info, servers, now)
 
-    def begin(self, facts: RoutingInfo, server: Server, now: float) -> None:
+    def begin(self, info: RoutingInfo, server: Server, now: float) -> None:
         """A request was leased the server."""
         if self._leases is not None:
-            self._leases.begin(facts, server, now)
+            self._leases.begin(info, server, now)
 
-    def end(self, facts: RoutingInfo, now: float) -> None:
+    def end(self, info: RoutingInfo, now: float) -> None:
         """An attempt of an admitted request has ended."""
         if self._leases is not None:
-            self._leases.end(facts, now)
+            self._leases.end(info, now)
 
     def check_is_due(self, now: float) -> bool:
         """Whether to look for sessions that have become idle; every waiting one asks.

@@ -30,14 +30,14 @@ class ExchangeTicket:
         return self._attempts.request.policy
 
     @property
-    def facts(self) -> RoutingInfo:
-        return self._attempts.request.facts
+    def info(self) -> RoutingInfo:
+        return self._attempts.request.info
 
     @property
     def priority(self) -> int:
         """As in vLLM the header has precedence over the body."""
         given = self._head.fields.get(b"x-vllm-priority", b"")
-        return int(given) if _PRIORITY.fullmatch(given) else self.facts.priority
+        return int(given) if _PRIORITY.fullmatch(given) else self.info.priority
 
     @property
     def key(self) -> str:

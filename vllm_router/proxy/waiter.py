@@ -30,7 +30,7 @@ class Ticket(Protocol):
     def policy(self) -> Policy: ...
 
     @property
-    def facts(self) -> RoutingInfo: ...
+    def info(self) -> RoutingInfo: ...
 
     @property
     def priority(self) -> int:
@@ -95,7 +95,7 @@ class Waiter(QueueEntry):
 class Peers(Protocol):
     """The queues of the router's other processes.
 
-    Their entries are in the same `WaitingQueue` as this process's own; `look` updates them.
+    Their entries are in the same `WaitingQueue` as this process's own; `read_entries` updates them.
     """
 
     @property
@@ -112,10 +112,10 @@ class Peers(Protocol):
     def key(self, name: str) -> Hashable:
         """The value that identifies an API key in all processes."""
 
-    def look(self, now: float) -> None:
+    def read_entries(self, now: float) -> None:
         """Take over the published entries of the other processes."""
 
-    def where(self, entry: QueueEntry) -> tuple[str | None, Route]:
+    def model_and_route(self, entry: QueueEntry) -> tuple[str | None, Route]:
         """The model and route of another process's entry, as this process sees them."""
 
     def is_full(self) -> bool:
@@ -136,7 +136,7 @@ class Peers(Protocol):
     def begin(self, now: float) -> None:
         """A pass over all entries begins."""
 
-    def give(self, entry: QueueEntry, now: float) -> Verdict:
+    def reserve(self, entry: QueueEntry, now: float) -> Verdict:
         """Reserve a server for an entry of another process: HELD, or BLOCKED without one."""
 
     def passed_over(self, waiter: Waiter, now: float) -> None:

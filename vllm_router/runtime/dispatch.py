@@ -64,7 +64,7 @@ class Dispatcher:
             supervisor.refused(refused.code)
             await _refuse(scope, receive, send, refused)
             return
-        supervisor.fleet.look()
+        supervisor.fleet.refresh_leases()
         supervisor.proxy.context.recorder.flush()
         await self._control(scope, receive, send)
 

@@ -70,8 +70,9 @@ server may be waiting unread."""
 class Probe:
     """Probes one server until cancelled.
 
-    `went_down` is called when a check has found the server down, `tick` after each scrape, or when
-    one was due. `pace` is shared by the probes of a fleet; `scrapes` knows what other routers do.
+    `went_down` is called when a check has found the server down, `upkeep` after each scrape that
+    was due, made or not. `pace` is shared by the probes of a fleet; `scrapes` knows what other
+    routers do.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Probe:
         rng: Random,
         tls: ssl.SSLContext,
         went_down: Callable[[Server], None],
-        tick: Callable[[Server, float], None],
+        upkeep: Callable[[Server, float], None],
         resolver: Resolver | None = None,
         pace: ProbePace | None = None,
         scrapes: SharedScrapes | None = None,
@@ -91,16 +92,16 @@ class Probe:
         self._rng = rng
         self._tls = tls
         self._went_down = went_down
-        self._tick = tick
+        self._upkeep = upkeep
         self._resolver = resolver
         self._pace = pace if pace is not None else ProbePace()
         self._scrapes = scrapes
         self._metrics_page = MetricsPage()
-        self._hurry = trio.Event()
+        self._check_now = trio.Event()
         self._scrape_now = trio.Event()
-        self._visited = False
-        """Whether each scrape is followed by the check and the model list, see `_visit`."""
-        self._visits = 0
+        self._combined = False
+        """Whether each scrape is followed by the check and the model list, see `_combine`."""
+        self._combined_scrapes = 0
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
         self._client: ProbeClient
@@ -130,7 +131,7 @@ class Probe:
             if self._settings.enable_active_health_check:
                 await self._check()
             if server.paused_at is not None:
-                await self._ask_whether_paused()
+                await self._detect_resume()
             settled = server.active_health.settled
             usual = self._settings.health_check_interval
             if not settled:
@@ -139,9 +140,9 @@ class Probe:
                     self._scrape_now.set()  # its figures matter from now on
             interval = self._pace.interval(server, usual) if settled else usual
             interval *= self._jitter(stretched=interval > usual)
-            with trio.move_on_after(math.inf if settled and self._visited else interval):
-                await self._hurry.wait()
-            self._hurry = trio.Event()
+            with trio.move_on_after(math.inf if settled and self._combined else interval):
+                await self._check_now.wait()
+            self._check_now = trio.Event()
 
     async def _check(self) -> None:
         server, timeout = self._server, self._settings.health_check_timeout
@@ -149,7 +150,7 @@ class Probe:
         verdict, detail = Check.TIMEOUT, NONE
         with trio.move_on_after(timeout):
             try:
-                verdict, detail = await self._ask_health()
+                verdict, detail = await self._get_health()
             except OwnFault as error:
                 logger.warning(
                     "server %s: health check skipped, the fault is not the server's: %s",
@@ -184,7 +185,7 @@ class Probe:
         spread = 0.5 if stretched else 0.1
         return 1.0 + spread * (self._rng.random() - 0.5)
 
-    async def _ask_whether_paused(self) -> None:
+    async def _detect_resume(self) -> None:
         """Detect that a server that was paused through this router has been resumed directly.
 
         A server without this path is a new process, started without vLLM's dev mode.
@@ -206,7 +207,7 @@ class Probe:
             server.pause(on=False, now=now)
             self._fleet.settle(now)
 
-    async def _ask_health(self) -> tuple[Check, Reason]:
+    async def _get_health(self) -> tuple[Check, Reason]:
         detail, status = NONE, 0
         for path in CHECK_PATHS:
             try:
@@ -243,20 +244,20 @@ class Probe:
             else:
                 await self._scrape()
                 skip = page.pause - 1
-            if self._visited and not woken:
-                await self._ask_the_rest()
+            if self._combined and not woken:
+                await self._check_and_list()
             now = trio.current_time()
             server.expire(now)
             self._fleet.settle(now)
-            self._tick(server, now)
+            self._upkeep(server, now)
             was_idle = pace.is_idle(server) or woken
             interval = pace.scraped(server, self._settings, now, self._wake, spared=spared)
             if spared:
                 server.load_estimate.expect_scrapes(interval + LATER)
             if was_idle and not pace.is_idle(server):
-                self._hurry.set()
+                self._check_now.set()
             usual = self._settings.metrics_interval
-            self._visit(on=interval >= max(self._settings.health_check_interval, MODELS_EVERY))
+            self._combine(on=interval >= max(self._settings.health_check_interval, MODELS_EVERY))
             if interval > usual * page.pause:
                 skip = 0  # an unusable page of an idle server is read seldom anyway
             is_stretched = interval > usual
@@ -283,22 +284,22 @@ class Probe:
         interval = self._pace.interval(self._server, self._settings.metrics_interval)
         return self._scrapes.spares(self._server, interval, now)
 
-    def _visit(self, *, on: bool) -> None:
+    def _combine(self, *, on: bool) -> None:
         """Let the scrapes of an idle server do its checks and read its model list as well.
 
         One connection serves all three then. vLLM closes idle connections after 5 seconds.
         """
         on = on and self._pace.is_idle(self._server)
-        if self._visited and not on:
-            self._hurry.set()
+        if self._combined and not on:
+            self._check_now.set()
             self._list_is_stale.set()
-        self._visited = on
+        self._combined = on
 
-    async def _ask_the_rest(self) -> None:
+    async def _check_and_list(self) -> None:
         if self._settings.enable_active_health_check:
             await self._check()
-        self._visits += 1
-        if self._visits % self._pages[MODELS_PATH].pause == 0:
+        self._combined_scrapes += 1
+        if self._combined_scrapes % self._pages[MODELS_PATH].pause == 0:
             await self.read_list()
 
     def _wake(self) -> None:
@@ -312,7 +313,7 @@ class Probe:
         """Read the load metrics. The result also counts as a connection check."""
         server = self._server
         answered = False
-        self._fleet.look()
+        self._fleet.refresh_leases()
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
@@ -329,7 +330,7 @@ class Probe:
         if answered:
             self._reached(reachable=True)
         else:
-            self._hurry.set()  # slow metrics alone do not make a server unhealthy
+            self._check_now.set()  # slow metrics alone do not make a server unhealthy
 
     async def _read_metrics(self, response: httpx.Response, leases: int) -> None:
         """Read and parse the page. An unusable page leaves the previous metrics in place."""
@@ -369,7 +370,7 @@ class Probe:
         # Check a recovering server now, but not twice in a moment: the second result would add
         # nothing.
         if not health.settled if health.up else reachable and not health.goods_in_row:
-            self._hurry.set()
+            self._check_now.set()
 
     # -- models -------------------------------------------------------------------------------
 
@@ -381,7 +382,7 @@ class Probe:
             interval = self._pace.interval(self._server, usual)
             if interval > usual:
                 interval *= self._jitter(stretched=True)
-            with trio.move_on_after(math.inf if self._visited else interval):
+            with trio.move_on_after(math.inf if self._combined else interval):
                 await self._list_is_stale.wait()
             stale = self._list_is_stale.is_set()
             self._list_is_stale = trio.Event()
@@ -391,7 +392,7 @@ class Probe:
 
     def check_soon(self) -> None:
         """Check and scrape the server now: another router has ejected it, or a request failed."""
-        self._hurry.set()
+        self._check_now.set()
         self._scrape_now.set()
 
     def read_list_soon(self) -> None:

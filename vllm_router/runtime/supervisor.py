@@ -135,7 +135,7 @@ class Supervisor:
                 resolver=self.resolver,
                 tasks=self._background,
                 server_down=self.server_down,
-                upkeep=self.proxy.tick,
+                upkeep=self.proxy.maintain,
                 scrapes=self.scrapes,
             )
         )
@@ -378,7 +378,11 @@ class Supervisor:
 
     def queues(self, now: float) -> list[Queue]:
         """The requests that wait for a server; empty without `[limits]`."""
-        return self.proxy.context.gate.queues(now) if self.proxy.context.gate is not None else []
+        return (
+            self.proxy.context.admission.queues(now)
+            if self.proxy.context.admission is not None
+            else []
+        )
 
     def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
         """Expected prefix cache hits of a server; None if no policy predicts them."""

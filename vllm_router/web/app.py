@@ -29,7 +29,7 @@ from vllm_router.steps import Steps
 from vllm_router.web import admin, answers, status
 from vllm_router.web.dashboard import add_dashboard
 from vllm_router.web.engine_control import control
-from vllm_router.web.explain import explain, facts_of, policy_of
+from vllm_router.web.explain import explain, policy_of, routing_info_of
 from vllm_router.web.feed_socket import FeedRouter, add_feed
 from vllm_router.web.guard import identity_of, visible
 from vllm_router.web.openapi import document
@@ -198,16 +198,16 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/explain")
     async def explain_model() -> Response:
-        facts = RoutingInfo(request.args.get("model") or None)
+        info = RoutingInfo(request.args.get("model") or None)
         policy = policy_of(router, answers.fields())
-        return answers.json(await in_turns(explain(router, facts, policy)))
+        return answers.json(await in_turns(explain(router, info, policy)))
 
     @app.post("/explain")
     async def explain_body() -> Response:
         fields = answers.fields()
         policy = policy_of(router, fields)
-        facts = await facts_of(router, fields, await answers.body(), policy)
-        return answers.json(await in_turns(explain(router, facts, policy)))
+        info = await routing_info_of(router, fields, await answers.body(), policy)
+        return answers.json(await in_turns(explain(router, info, policy)))
 
     @app.get("/openapi.json")
     async def openapi() -> Response:

@@ -32,25 +32,25 @@ RANKED_AT_ONCE = 200
 
 
 def explain(
-    router: Router, facts: RoutingInfo, policy: Policy | None = None
+    router: Router, info: RoutingInfo, policy: Policy | None = None
 ) -> Steps[dict[str, Any]]:
-    """The decision for a request with these facts now. Takes no lease and changes no policy state.
+    """The decision for such a request now. Takes no lease and changes no policy state.
 
     Candidates are in the order of preference, if the policy has one: `policy`, or the model's
     policy. All that scores follow from, and the figures of all servers, are read before the first
     step, so that they belong together; the steps make the rows of the page from them.
     """
     now = trio.current_time()
-    fleet, asked = router.fleet, facts.model
+    fleet, asked = router.fleet, info.model
     if asked is not None:
         names = fleet.names
         answering = names.resolve(asked, lambda served: fleet.available(served, now))
-        prompt = reseeded(facts.prompt, fleet.seeds.of(asked), fleet.seeds.of(answering))
-        facts = msgspec.structs.replace(facts, model=names.served(answering), prompt=prompt)
+        prompt = reseeded(info.prompt, fleet.seeds.of(asked), fleet.seeds.of(answering))
+        info = msgspec.structs.replace(info, model=names.served(answering), prompt=prompt)
         policy = policy or router.proxy.context.policies.for_model(answering)
     policy = policy or router.proxy.context.policies.default
-    owner = _owner(router, facts)
-    allowed = fleet.candidates(facts.model, now)
+    owner = _owner(router, info)
+    allowed = fleet.candidates(info.model, now)
     if owner is not None:
         allowed = choose((owner,), None, now, ())
     full = {server for server in allowed if server.at_cap}
@@ -60,21 +60,21 @@ def explain(
         # As for a request: policies recognise the candidates by their identity, and measuring a
         # thousand anew takes 3 ms, here and with the next request.
         skips_full = full and policy.skips_full(allowed)
-        ranking = _rank(policy, allowed if skips_full else candidates, facts, now)
+        ranking = _rank(policy, allowed if skips_full else candidates, info, now)
         next(ranking)
     figures, chosen = _Figures(fleet.all_servers()), set(candidates)
     out = [
-        (server, _why_out(server, facts.model, now, owner))
+        (server, _why_out(server, info.model, now, owner))
         for server in figures.servers
         if server not in chosen
     ]
-    if facts.previous is not None:
+    if info.previous is not None:
         note = because("owner_known", server=owner.name) if owner else because("owner_unknown")
     elif candidates:
         note = _note(candidates, now)
     else:
-        note = _none_free(allowed, facts, router)
-    would_wait = not candidates and _may_wait(router, facts)
+        note = _none_free(allowed, info, router)
+    would_wait = not candidates and _may_wait(router, info)
     yield
     picked, ranked = (yield from ranking) if ranking is not None else (None, [])
     ranked = [one for one in ranked if one.server in chosen]
@@ -85,11 +85,11 @@ def explain(
             note = because("equal_servers", n=equals)
     page: dict[str, Any] = {
         "model": asked,
-        "served_model": facts.model,
-        "stream": facts.stream,
-        "session": facts.session,
-        "session_source": facts.session_source or None,
-        "model_known": facts.model is None or fleet.knows(facts.model),
+        "served_model": info.model,
+        "stream": info.stream,
+        "session": info.session,
+        "session_source": info.session_source or None,
+        "model_known": info.model is None or fleet.knows(info.model),
         "policy": policy.name,
         "formula": policy.formula(),
         "owner": owner.name if owner is not None else None,
@@ -106,11 +106,11 @@ def explain(
     return page
 
 
-def _owner(router: Router, facts: RoutingInfo) -> Server | None:
+def _owner(router: Router, info: RoutingInfo) -> Server | None:
     """The server of the stored response that the request continues, if the router knows it."""
-    if facts.previous is None:
+    if info.previous is None:
         return None
-    known = router.proxy.context.owners.find(facts.previous)
+    known = router.proxy.context.owners.find(info.previous)
     if known is None:
         return None
     return next((s for s in router.fleet.all_servers() if s.url == known.url), None)
@@ -123,7 +123,7 @@ def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
     return wanted_policy(router.proxy.context.policies, given)
 
 
-async def facts_of(
+async def routing_info_of(
     router: Router, fields: Mapping[str, str], body: bytes, policy: Policy | None
 ) -> RoutingInfo:
     """The routing information of a request with this body, for `policy` or the configured ones.
@@ -139,12 +139,12 @@ async def facts_of(
         session = session_hint(headers, context.settings.session_sources)
     about = (EXPLAIN, content_type, body, session)
     wanted, seeds = read.needs_prompt, router.fleet.seeds.of
-    facts = read_at_once(*about, with_prompt=wanted, shortest=SHORT, seeds=seeds)
-    if facts is not None:
-        return facts
+    info = read_at_once(*about, with_prompt=wanted, shortest=SHORT, seeds=seeds)
+    if info is not None:
+        return info
     steps = read_in_slices(*about, with_prompt=wanted, shortest=SHORT, seeds=seeds)
     try:
-        return (await in_slices(steps, context.body_turns)).facts
+        return (await in_slices(steps, context.body_turns)).info
     except InvalidBody as error:
         values = {"problem": str(error)}
         raise Refused(400, "invalid_body", str(error), values=values) from None
@@ -163,13 +163,13 @@ _Ranking = tuple[Server | None, list[_Ranked]]
 
 
 def _rank(
-    policy: Policy, candidates: Sequence[Server], facts: RoutingInfo, now: float
+    policy: Policy, candidates: Sequence[Server], info: RoutingInfo, now: float
 ) -> Steps[_Ranking]:
     """The ranking; all that may change meanwhile is read before the first step."""
-    explained = yield from policy.explain_in_steps(candidates, facts, now)
+    explained = yield from policy.explain_in_steps(candidates, info, now)
     if explained is None:
         # Choosing may change the state of such a policy (round robin): use a copy.
-        picked, _ = copy.copy(policy).pick(candidates, facts, now)
+        picked, _ = copy.copy(policy).pick(candidates, info, now)
         by_load = sorted(candidates, key=lambda server: server.load_estimate.effective)
         yield
         return picked, [_Ranked(server, None, {}) for server in by_load]
@@ -226,24 +226,24 @@ def _note(candidates: Sequence[Server], now: float) -> Reason:
     return NONE
 
 
-def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> Reason:
+def _none_free(allowed: Sequence[Server], info: RoutingInfo, router: Router) -> Reason:
     """Why no server is chosen, and what happens to the request."""
-    model, gate = facts.model, router.proxy.context.gate
+    model, admission = info.model, router.proxy.context.admission
     if not allowed and model is not None and not router.fleet.knows(model):
         return because("model_unknown", model=repr(model))
     why = "capped" if allowed else "none"
-    if gate is None or not _may_wait(router, facts):
+    if admission is None or not _may_wait(router, info):
         return because(f"{why}_refused")
-    return because(f"{why}_waits", n=gate.ahead(model, facts.priority)[0])
+    return because(f"{why}_waits", n=admission.ahead(model, info.priority)[0])
 
 
-def _may_wait(router: Router, facts: RoutingInfo) -> bool:
+def _may_wait(router: Router, info: RoutingInfo) -> bool:
     """True if the request could wait for a server."""
-    gate, model = router.proxy.context.gate, facts.model
-    if gate is None:
+    admission, model = router.proxy.context.admission, info.model
+    if admission is None:
         return False
     busy = bool(router.fleet.candidates(model, trio.current_time()))
-    return (busy or model is None or router.fleet.knows(model)) and gate.ahead(model)[1]
+    return (busy or model is None or router.fleet.knows(model)) and admission.ahead(model)[1]
 
 
 _OTHER_OWNER, _NOT_LISTED = because("other_owner"), because("not_listed")

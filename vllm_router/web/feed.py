@@ -205,7 +205,7 @@ class Feed:
     def _pass(self, *, with_views: bool) -> Steps[view.Reading]:
         """One pass over all servers, which updates their rates, too."""
         router, now = self.router, trio.current_time()
-        self._fleet.look()
+        self._fleet.refresh_leases()
         tallies, running = self._tallies, router.running() if router is not None else ()
         live = tallies.begin(running, now)
         expected = router.prefix_statistics if router is not None else None

@@ -208,14 +208,14 @@ def _model_view(
 
 def queue_views(router: Router, now: float) -> list[schema.QueueView]:
     """O(waiting requests); empty without `[limits]`."""
-    gate = router.proxy.context.gate
-    if gate is None:
+    admission = router.proxy.context.admission
+    if admission is None:
         return []
     return [
         schema.QueueView(
             model=queue.model,
             waiting=queue.waiting,
-            limit=gate.limits.queue_size,
+            limit=admission.limits.queue_size,
             longest=round(queue.longest, 2),
             freed_per_s=round(queue.freed_per_s, 3) if queue.freed_per_s is not None else None,
         )

@@ -197,7 +197,7 @@ async def test_silent_server_probation_is_retried_elsewhere_after_patience(autoj
         assert (await rig.stream())[b"x-vllm-router-server"] == b"b"
         while not trial.done:
             await trio.sleep(0.5)
-            rig.proxy.tick(rig.server("a"), trio.current_time())
+            rig.proxy.maintain(rig.server("a"), trio.current_time())
         assert trial.got.status == 200
         assert TRIAL_PATIENCE <= trial.got.took <= TRIAL_PATIENCE + 1
         assert rig.recorder.attempts[-2:] == [("a", Outcome.SILENT), ("b", Outcome.ANSWERED)]
@@ -241,7 +241,7 @@ async def silence(rig: Rig) -> None:
 async def ticking(rig: Rig, seconds: float) -> None:
     for _ in range(int(seconds * 2)):
         await trio.sleep(0.5)
-        rig.proxy.tick(rig.server("a"), trio.current_time())
+        rig.proxy.maintain(rig.server("a"), trio.current_time())
 
 
 async def test_silent_server_waiting_requests_are_retried(autojump_clock):
@@ -282,7 +282,7 @@ async def test_silent_server_without_alternative_is_used(autojump_clock):
         for _ in range(3):
             client = rig.start_stream()
             await trio.sleep(2)
-            rig.proxy.tick(rig.server("a"), trio.current_time())
+            rig.proxy.maintain(rig.server("a"), trio.current_time())
             await leave(client)
         assert rig.requests()["a"] == 3
 
@@ -300,7 +300,7 @@ async def test_paused_server_gets_no_request_and_waiters_are_retried(autojump_cl
         assert state(a) is State.PAUSED
         rig.prefer("a")
         assert (await rig.stream())[b"x-vllm-router-server"] == b"b"
-        rig.proxy.tick(a, trio.current_time())
+        rig.proxy.maintain(a, trio.current_time())
         await trio.testing.wait_all_tasks_blocked()
         assert waits.got.status == 200
         a.pause(on=False, now=trio.current_time())

@@ -18,7 +18,7 @@ from vllm_router.proxy.headers import (
     sooner,
 )
 from vllm_router.proxy.identity import is_credential, without_credentials
-from vllm_router.proxy.server_response import AnswerHead
+from vllm_router.proxy.server_response import ServerHead
 
 Fields = list[tuple[bytes, bytes]]
 
@@ -362,7 +362,7 @@ def length_in(headers: Fields) -> int | None:
 
 
 def answered(headers: Fields) -> Fields:
-    return AnswerHead(headers).for_client(length_in(headers), b"gpu-1", 2, b"rid", anthropic=False)
+    return ServerHead(headers).for_client(length_in(headers), b"gpu-1", 2, b"rid", anthropic=False)
 
 
 def test_response_headers_pass_and_router_headers_are_added():
@@ -467,5 +467,5 @@ def test_retry_after_is_read_in_seconds(value, seconds):
     ],
 )
 def test_response_headers_of_stream_disable_nginx_buffering(given, expected):
-    headers = AnswerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
+    headers = ServerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
     assert [value for name, value in headers if name == b"x-accel-buffering"] == expected

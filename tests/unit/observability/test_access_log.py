@@ -51,8 +51,8 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def ended(record: Record, facts: RoutingInfo | None = None) -> Ended:
-    return Ended(1_000_000.0, record, facts)
+def ended(record: Record, info: RoutingInfo | None = None) -> Ended:
+    return Ended(1_000_000.0, record, info)
 
 
 # -- contents of a line -------------------------------------------------------------------------
@@ -117,14 +117,14 @@ def test_access_log_text_line_has_fields_except_chunks_and_prefix():
         completion_tokens=30,
     )
     body = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
-    facts = read_routing_info(
+    info = read_routing_info(
         b"/v1/chat/completions",
         b"application/json",
         body,
         session_hint({b"x-session-id": b"session-1"}),
         with_prompt=True,
     )
-    whole = Ended(1_000_000.0, record, facts, "trace")
+    whole = Ended(1_000_000.0, record, info, "trace")
     written = [pair.partition("=")[0] for pair in text_line(whole).split() if "=" in pair]
     in_front = {"time", "level", "logger", "method", "path", "status", "outcome"}
     assert written == [key for key in fields(whole) if key not in in_front | {"chunks", "prefix"}]
@@ -247,7 +247,7 @@ async def test_access_log_prompts_are_not_kept_in_records(autojump_clock):
     async with lab(answering(ok(b"{}"))) as rig:
         rig.context.wants_prompt = True
         await rig.post({"model": "m", "messages": [{"role": "user", "content": "x" * 9000}]})
-        assert rig.recorder.last.facts is None
+        assert rig.recorder.last.info is None
 
 
 # -- the writer ---------------------------------------------------------------------------------

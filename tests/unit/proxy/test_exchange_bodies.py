@@ -381,6 +381,6 @@ async def test_exchange_session_is_read_if_the_policy_needs_it(
         client = rig.start(body, path=path, headers=(kind, (b"x-session-id", b"talk-1")))
         await trio.sleep(1)
         (exchange,) = rig.context.exchanges
-        assert exchange.request.facts.model == "m"
-        assert (exchange.request.facts.session is not None) == needed
+        assert exchange.request.info.model == "m"
+        assert (exchange.request.info.session is not None) == needed
         client.leave()

@@ -640,7 +640,7 @@ async def test_exchange_waiting_on_server_put_to_sleep_is_retried(autojump_clock
         await trio.sleep(3)
         a = rig.server("a")
         a.scraped(gauges(0, asleep=True), trio.current_time(), 1)
-        rig.proxy.tick(a, trio.current_time())
+        rig.proxy.maintain(a, trio.current_time())
         await trio.sleep(0.1)
         assert (client.got.status, client.got[b"x-vllm-router-server"]) == (200, b"b")
         assert rig.recorder.outcomes == [Outcome.SERVER_DOWN, Outcome.ANSWERED]
@@ -664,7 +664,7 @@ async def test_exchange_started_stream_continues_when_server_is_put_to_sleep(
         await trio.sleep(10)
         a = rig.server("a")
         a.scraped(gauges(0, asleep=True), trio.current_time(), 1)
-        rig.proxy.tick(a, trio.current_time())
+        rig.proxy.maintain(a, trio.current_time())
         await trio.sleep(0.1)
         awake.set()
         await trio.sleep(0.1)
@@ -690,7 +690,7 @@ async def test_exchange_on_damped_server_has_its_full_time(autojump_clock):
         client = rig.start()
         for _ in range(9):
             await trio.sleep(0.5)
-            rig.proxy.tick(a, trio.current_time())
+            rig.proxy.maintain(a, trio.current_time())
         assert a.damped
         assert client.got.status == 200
 
@@ -845,7 +845,7 @@ async def test_exchange_idle_connection_is_closed_before_server_closes_it(autoju
         await rig.post()
         pool = rig.context.upstreams[rig.server("a")].pool
         await trio.sleep(IDLE_LIMIT)
-        rig.proxy.tick(rig.server("a"), trio.current_time())
+        rig.proxy.maintain(rig.server("a"), trio.current_time())
         assert pool.idle == 0
         await rig.post()
         assert len(rig.scripted["a"].talks) == 2

@@ -81,8 +81,8 @@ def _first(client: Client) -> float:
 
 
 def waiting(rig: Rig) -> int:
-    assert rig.context.gate is not None
-    return rig.context.gate.waiting
+    assert rig.context.admission is not None
+    return rig.context.admission.waiting
 
 
 # -- caps and order ---------------------------------------------------------------------------
@@ -139,7 +139,7 @@ async def test_queue_without_limits_forwards_at_once(autojump_clock):
         await trio.sleep(2)
         assert [client.got.status for client in clients] == [200] * 40
         assert most == [40]
-        assert rig.context.gate is None
+        assert rig.context.admission is None
 
 
 async def test_queue_with_limits_without_cap_forwards_at_once(autojump_clock):
@@ -418,9 +418,9 @@ async def test_queue_free_slot_wakes_only_the_next_waiter(autojump_clock):
     async with limited(working()) as rig:
         for n in range(30):
             await started(rig, body(n))
-        gate = rig.context.gate
-        assert gate is not None
-        (queue,) = gate.model_queues
+        admission = rig.context.admission
+        assert admission is not None
+        (queue,) = admission.model_queues
         waiters = list(queue)
         await trio.sleep(1.0)
         await wait_all_tasks_blocked()
@@ -501,8 +501,8 @@ async def test_queue_unknown_models_share_one_limit(autojump_clock):
         rig.server("a").catalog.names = None
         clients = [await started(rig, {"model": f"m{n}"}) for n in range(3)]
         assert (await rig.post({"model": "m4"})).code == "queue_full"
-        assert rig.context.gate is not None
-        assert len(rig.context.gate.model_queues) == 1
+        assert rig.context.admission is not None
+        assert len(rig.context.admission.model_queues) == 1
         for client in clients:
             client.leave()
 
@@ -552,7 +552,7 @@ async def test_queue_removed_limits_admit_all_waiters(autojump_clock):
     async with limited(working(5.0, most), working(5.0)) as rig:
         clients = [await started(rig, body(n)) for n in range(8)]
         reload(rig, servers=2)
-        assert rig.context.gate is None
+        assert rig.context.admission is None
         await trio.sleep(6)
         assert len(order(*clients)) == 8
         assert rig.fleet.on_settled == []
@@ -719,8 +719,8 @@ async def test_queue_expired_waiter_does_not_count_toward_drain_rate(autojump_cl
         for n in range(20):
             await started(rig, body(n), headers=((b"x-request-timeout", b"7"), PRIORITY))
         await trio.sleep(5)
-        assert rig.context.gate is not None
-        (queue,) = rig.context.gate.queues(trio.current_time())
+        assert rig.context.admission is not None
+        (queue,) = rig.context.admission.queues(trio.current_time())
         assert queue.freed_per_s is None or queue.freed_per_s < 0.5
         await trio.sleep(20)
         assert len(order(*running)) == 3

@@ -257,7 +257,7 @@ async def test_reports_two_servers_put_to_sleep_cause_no_quarantine(autojump_clo
             rig.prefer("b")
             server = rig.server(name)
             server.scraped(gauges(0, asleep=True), trio.current_time(), 1)
-            rig.proxy.tick(server, trio.current_time())
+            rig.proxy.maintain(server, trio.current_time())
             await trio.sleep(0.5)
         assert client.done
         assert rig.recorder.outcomes[:2] == [Outcome.SERVER_DOWN, Outcome.SERVER_DOWN]
@@ -295,8 +295,10 @@ async def test_reports_queue_learns_times_of_successes_only(
     async with lab(script, limits={"max_in_flight": 4}) as rig:
         await trio.sleep(5)
         found: list[float] = []
-        assert rig.context.gate is not None
-        monkeypatch.setattr(rig.context.gate, "served", lambda _model, took: found.append(took))
+        assert rig.context.admission is not None
+        monkeypatch.setattr(
+            rig.context.admission, "served", lambda _model, took: found.append(took)
+        )
         await rig.stream()
         assert found == times
 

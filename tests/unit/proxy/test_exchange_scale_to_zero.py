@@ -51,7 +51,7 @@ async def test_scale_to_zero_request_waits_for_first_server(autojump_clock: Mock
         client = rig.start({"model": "public"})
         await trio.sleep(120)
         assert client.got.status == 0, "it waits"
-        (queue,) = rig.context.gate.queues(trio.current_time())
+        (queue,) = rig.context.admission.queues(trio.current_time())
         assert (queue.model, queue.waiting) == ("m", 1)
         scale(rig, servers=True)
         await trio.sleep(60)

@@ -112,9 +112,9 @@ async def test_session_admission_turned_off_admits_waiting_sessions(autojump_clo
         await ask(rig, "session-1")
         waiting = await ask(rig, "session-2")
         config = make_config(1, limits={"session_admission": False}, policy="adaptive")
-        assert rig.context.gate is not None
+        assert rig.context.admission is not None
         assert config.limits is not None
-        rig.context.gate.apply(config.limits)
+        rig.context.admission.apply(config.limits)
         await trio.sleep(3)
         assert waiting.got.status == 200
         await rig.settled()

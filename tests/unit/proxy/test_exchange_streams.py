@@ -541,7 +541,7 @@ async def test_stream_with_recent_byte_ends_once_silent_on_down_server(autojump_
         assert rig.down("a") == 0
         for _ in range(10):
             await trio.sleep(0.5)
-            rig.proxy.tick(rig.server("a"), trio.current_time())
+            rig.proxy.maintain(rig.server("a"), trio.current_time())
         assert last_event(client.got.body)["error"]["code"] == "server_gone"
         assert client.got.took < 5
 
@@ -561,7 +561,7 @@ async def test_stream_with_output_continues_despite_failed_probes(autojump_clock
         rig.down("a")
         for _ in range(20):
             await trio.sleep(0.5)
-            rig.proxy.tick(rig.server("a"), trio.current_time())
+            rig.proxy.maintain(rig.server("a"), trio.current_time())
         assert client.got.whole
 
 

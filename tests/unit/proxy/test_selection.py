@@ -41,7 +41,7 @@ def fleet_of(**lengths: int | None) -> tuple[Fleet, list[Server]]:
 
 def select(fleet: Fleet, *, model: str | None = "m", path: str = PATH, size: int = 10) -> Selection:
     request: Any = SimpleNamespace(
-        facts=SimpleNamespace(model=model), body=b"{}", target=path.encode()
+        info=SimpleNamespace(model=model), body=b"{}", target=path.encode()
     )
     record: Any = SimpleNamespace(path=path.encode(), bytes_in=size)
     return Selection(fleet, request, record)

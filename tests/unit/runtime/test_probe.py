@@ -105,7 +105,7 @@ class Watched:
     def down(self, server: Server) -> None:
         self.went_down.append((server.name, trio.current_time()))
 
-    def tick(self, server: Server, now: float) -> None:
+    def upkeep(self, server: Server, now: float) -> None:
         self.ticks[server.name] += 1
 
     def transport(self, url: str, *_: object) -> httpx.MockTransport:
@@ -127,7 +127,7 @@ async def watched(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with trio.open_nursery() as nursery:
         for server in rig.fleet.servers.values():
-            probe = Probe(server, rig.fleet, Random(1), context, rig.down, rig.tick)
+            probe = Probe(server, rig.fleet, Random(1), context, rig.down, rig.upkeep)
             rig.probes[server.name] = probe
             nursery.start_soon(probe.run)
         await trio.sleep(0.01)

@@ -119,43 +119,43 @@ def test_workers_see_leases_of_all(router: Router):
     kept = one.servers["a"].lease(1.0)
     two.servers["a"].lease(1.0)
     for fleet in (router.leader, one, two):
-        fleet.look()
+        fleet.refresh_leases()
         assert fleet.servers["a"].in_flight == 2
         assert fleet.servers["a"].load_estimate.relative == pytest.approx(2 / EQUAL_SHARE)
         assert fleet.in_flight == 2
     kept.release()
-    two.look()
+    two.refresh_leases()
     assert two.servers["a"].in_flight == 1
 
 
 def test_workers_leases_of_dead_worker_are_removed(router: Router, board: int):
     router.workers[0].servers["a"].lease(1.0)
     router.workers[1].servers["a"].lease(1.0)
-    router.leader.look()
+    router.leader.refresh_leases()
     SharedCounters(board, 3).clear(1)
-    router.leader.look()
+    router.leader.refresh_leases()
     assert router.leader.servers["a"].in_flight == 1
 
 
 def test_workers_successor_of_dead_worker_sees_leases_of_others(router: Router):
     router.workers[1].servers["b"].lease(1.0)
     again = router.worker(make_config(3), 1)
-    again.look()
+    again.refresh_leases()
     assert [server.in_flight for server in again.servers.values()] == [0, 1, 0]
 
 
 def test_workers_scrape_is_corrected_by_leases_of_all(router: Router):
     leases: list[Lease] = [fleet.servers["a"].lease(1.0) for fleet in router.workers]
-    router.leader.look()
+    router.leader.refresh_leases()
     server = router.leader.servers["a"]
     server.scraped(gauges(running=5.0), 1.0, server.in_flight)
     router.tell(1.0)
     leases += [router.workers[0].servers["a"].lease(1.1)]
-    router.workers[1].look()
+    router.workers[1].refresh_leases()
     assert router.workers[1].servers["a"].running == 6.0
     for lease in leases:
         lease.release()
-    router.workers[1].look()
+    router.workers[1].refresh_leases()
     assert router.workers[1].servers["a"].running == 3.0
 
 
@@ -168,7 +168,7 @@ def test_workers_older_than_leader_find_their_slots_later(board: int):
         make_config(1), CounterView(SharedCounters(board, 3), 0), lambda server: None
     )
     early.use_columns()
-    leader.look()
+    leader.refresh_leases()
     assert leader.servers["a"].in_flight == 1
     assert early.servers["a"].in_flight == 1
 
@@ -192,7 +192,7 @@ def test_workers_returning_server_counts_from_zero(router: Router):
         fleet.gone()
     router.apply(make_config(3), 3.0)
     router.workers[0].servers["a"].lease(3.0)
-    router.leader.look()
+    router.leader.refresh_leases()
     assert router.leader.servers["a"].in_flight == 1
     assert router.leader.servers["b"].in_flight == 0
 
@@ -421,7 +421,7 @@ def test_workers_rate_limit_not_charged_twice_after_key_readded(board: int):
     for worker in reversed(router.workers):
         worker.apply(config)
     for worker in router.workers:
-        worker.look()
+        worker.refresh_leases()
     router.workers[1].usage.enter(key, perf_counter())
 
 
@@ -435,7 +435,7 @@ def test_workers_request_outliving_its_key_does_not_count_for_next(board: int):
     router.apply(make_config(3), 2.0)
     leases = [server.lease(2.0) for server in worker.servers.values()]
     worker.usage.leave(key, 1.0)
-    router.leader.look()
+    router.leader.refresh_leases()
     assert [server.in_flight for server in router.leader.servers.values()] == [1, 1, 1]
     assert len(leases) == 3
 

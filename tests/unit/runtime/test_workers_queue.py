@@ -60,19 +60,19 @@ class Process(Rig):
         for server in self.servers:
             self.proxy.context.upstreams[server].pool = MemoryPool(group.scripted[server.name])
 
-    def _peers(self, gate: AdmissionQueue) -> QueuePeers:
+    def _peers(self, admission: AdmissionQueue) -> QueuePeers:
         return QueuePeers(
-            gate, QueueBoard(self.group.queue, self.group.count), self.number, self.notify
+            admission, QueueBoard(self.group.queue, self.group.count), self.number, self.notify
         )
 
     def notify(self, number: int) -> None:
         self.nursery.start_soon(self.group.processes[number].woken)
 
     async def woken(self) -> None:
-        gate = self.proxy.context.gate
-        if gate is not None and not self.stopped:
-            self.fleet.look()
-            gate.woken(trio.current_time())
+        admission = self.proxy.context.admission
+        if admission is not None and not self.stopped:
+            self.fleet.refresh_leases()
+            admission.follow_peers(trio.current_time())
 
     async def tick(self) -> None:
         while True:
@@ -81,8 +81,8 @@ class Process(Rig):
 
     @property
     def waiters(self) -> int:
-        gate = self.proxy.context.gate
-        return 0 if gate is None else gate._waiters
+        admission = self.proxy.context.admission
+        return 0 if admission is None else admission._waiters
 
 
 class ProcessGroup:
@@ -136,9 +136,9 @@ async def group(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Proc
             await trio.sleep(2 * POLL_WHILE_WAITING)
             for process in made.processes:
                 assert not process.proxy.context.exchanges
-                assert len(process.proxy.context.gate.queue) == 0  # type: ignore[union-attr]
+                assert len(process.proxy.context.admission.queue) == 0  # type: ignore[union-attr]
                 for server in process.servers:
-                    process.fleet.look()
+                    process.fleet.refresh_leases()
                     assert server.in_flight == 0
                 process.proxy.close()
         finally:
@@ -174,19 +174,19 @@ async def test_workers_queue_server_freed_within_a_pass_goes_to_first_waiter(aut
         [server, *_] = router[0].servers
         lease = server.lease(trio.current_time())
         clients = [await router.start(n, n) for n in (1, 2)]
-        gate = router[2].proxy.context.gate
-        assert gate is not None
-        peers = gate._peers
+        admission = router[2].proxy.context.admission
+        assert admission is not None
+        peers = admission._peers
         assert isinstance(peers, QueuePeers)
-        give = peers.give
+        reserve = peers.reserve
 
-        def give_and_release(place: Any, now: float) -> Any:
-            verdict = give(place, now)
+        def reserve_and_release(place: Any, now: float) -> Any:
+            verdict = reserve(place, now)
             if lease in server.leases:
                 lease.release()
             return verdict
 
-        peers.give = give_and_release  # type: ignore[method-assign]
+        peers.reserve = reserve_and_release  # type: ignore[method-assign]
         await trio.sleep(3)
         assert order(*clients) == [1, 2]
 
@@ -198,14 +198,14 @@ async def test_workers_queue_release_seen_before_its_note_goes_to_first_waiter(a
         lease = server.lease(trio.current_time())
         clients = [await router.start(n, n) for n in (1, 2)]
         await trio.sleep(1)  # process 1 has found the server taken many times
-        gate = router[2].proxy.context.gate
-        assert gate is not None
+        admission = router[2].proxy.context.admission
+        assert admission is not None
         counters = router[0].fleet.counters
         put = counters.put
 
         def put_and_look(column: int, count: int) -> None:
             put(column, count)
-            gate.woken(trio.current_time())
+            admission.follow_peers(trio.current_time())
 
         counters.put = put_and_look  # type: ignore[method-assign]
         lease.release()

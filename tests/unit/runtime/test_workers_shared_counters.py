@@ -40,36 +40,36 @@ def test_shared_counters_are_visible_to_other_processes(boards: list[SharedCount
     leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 4)
-    assert sorted(leader.look()) == [(5, 3), (5, 4)]
+    assert sorted(leader.read_changes()) == [(5, 3), (5, 4)]
     assert leader.elsewhere[5] == 7
     one.put(5, 1)
-    assert leader.look() == [(5, -2)]
+    assert leader.read_changes() == [(5, -2)]
     assert leader.elsewhere[5] == 5
-    assert leader.look() == []
+    assert leader.read_changes() == []
 
 
 def test_shared_counters_own_counts_are_separate(boards: list[SharedCounters]):
     leader, one, *_ = counters(boards, 5)
     one.put(5, 3)
-    assert one.look() == []
-    assert leader.look() == [(5, 3)]
+    assert one.read_changes() == []
+    assert leader.read_changes() == [(5, 3)]
 
 
 def test_shared_counters_column_watched_late_shows_earlier_counts(boards: list[SharedCounters]):
     leader, one, *_ = counters(boards)
     one.put(9, 2)
-    assert leader.look() == []
+    assert leader.read_changes() == []
     leader.watch(9)
-    assert leader.look() == [(9, 2)]
+    assert leader.read_changes() == [(9, 2)]
 
 
 def test_shared_counters_row_of_dead_process_is_cleared(boards: list[SharedCounters]):
     leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
-    leader.look()
+    leader.read_changes()
     boards[0].clear(1)
-    assert leader.look() == [(5, -3)]
+    assert leader.read_changes() == [(5, -3)]
     assert leader.elsewhere[5] == 1
 
 
@@ -77,11 +77,11 @@ def test_shared_counters_successor_starts_empty_and_sees_others(boards: list[Sha
     leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
-    leader.look()
+    leader.read_changes()
     again = CounterView(boards[1], 1)
     again.watch(5)
-    assert again.look() == [(5, 1)]
-    assert leader.look() == [(5, -3)]
+    assert again.read_changes() == [(5, 1)]
+    assert leader.read_changes() == [(5, -3)]
 
 
 def test_shared_counters_fewest_considers_workers_only(boards: list[SharedCounters]):
@@ -103,7 +103,7 @@ def test_shared_counters_sums_cover_other_rows(steps: list[tuple[int, int, int]]
             made[number].put(column, count)
             rows[number][column] = count
             for mine, one in enumerate(made):
-                one.look()
+                one.read_changes()
                 for at in range(21):
                     others = sum(row[at] for n, row in enumerate(rows) if n != mine)
                     assert one.elsewhere[at] == others
@@ -159,7 +159,7 @@ def test_shared_counters_size_for_configuration_fits_all_of_it():
         written, seen = CounterView(leader, 0), CounterView(worker, 1)
         seen.watch(last)
         written.put(last, 7)
-        assert seen.look() == [(last, 7)]
+        assert seen.read_changes() == [(last, 7)]
     finally:
         os.close(fileno)
 

@@ -47,7 +47,7 @@ class Call:
     arrived: float
     prompt_tokens: int
     output_tokens: int
-    facts: RoutingInfo
+    info: RoutingInfo
     router: Router
     server: int = -1
     attempts: int = 0
@@ -200,7 +200,7 @@ class World:
         prompt = text.length
         text.add(hash((conversation.number, conversation.count, 2)), turn.output)
         model = adapter_name(conversation.adapter) if conversation.adapter else BASE_MODEL
-        facts = RoutingInfo(
+        info = RoutingInfo(
             model,
             self.rng.random() >= self.scene.plain and conversation.stream,
             session=conversation.session,
@@ -222,7 +222,7 @@ class World:
             router = self.routers[_scattered(conversation.number) % len(self.routers)]
         else:
             router = self.rng.choice(self.routers)
-        call = Call(conversation, text, self.now, prompt, turn.output, facts, router)
+        call = Call(conversation, text, self.now, prompt, turn.output, info, router)
         self.calls.append(call)
         self._open += 1
         self._send(call)
@@ -238,10 +238,10 @@ class World:
     def _send(self, call: Call) -> None:
         router, now = call.router, self.now
         fleet = router.fleet
-        model = call.facts.model
+        model = call.info.model
         if call.tried:
             self._send_to(call, fleet.others(model, now, call.tried))
-        elif router.sessions is not None and router.sessions.is_new(call.facts):
+        elif router.sessions is not None and router.sessions.is_new(call.info):
             router.new_sessions.append(call)
             self._admit(router)
         else:
@@ -251,9 +251,9 @@ class World:
         """Send the waiting new sessions that fit into a cache, in their order."""
         sessions, waiting = router.sessions, router.new_sessions
         while sessions is not None and waiting:
-            facts = waiting[0].facts
-            candidates = router.fleet.candidates(facts.model, self.now)
-            fitting = sessions.fitting(facts, candidates, self.now)
+            info = waiting[0].info
+            candidates = router.fleet.candidates(info.model, self.now)
+            fitting = sessions.fitting(info, candidates, self.now)
             if not fitting:
                 return
             self._send_to(waiting.popleft(), tuple(fitting))
@@ -278,13 +278,13 @@ class World:
             call.conversation.adapter,
         )
         self.choosing = job
-        server, note = router.policy.pick(candidates, call.facts, now)
+        server, note = router.policy.pick(candidates, call.info, now)
         call.lease = lease = server.lease(now)
         call.attempts += 1
         call.server = place = router.place[server]
-        router.policy.leased(lease, note, call.facts, now)
+        router.policy.leased(lease, note, call.info, now)
         if router.sessions is not None:
-            router.sessions.begin(call.facts, server, now)
+            router.sessions.begin(call.info, server, now)
         failing = place in self.scene.failing and now >= self.scene.failing_from
         if failing or place in self._down:
             self._at(now + FAIL_SECONDS, self._failed, call)
@@ -304,7 +304,7 @@ class World:
         lease.release()
         call.router.policy.ended(lease, self.now, failed=failed)
         if call.router.sessions is not None:
-            call.router.sessions.end(call.facts, self.now)
+            call.router.sessions.end(call.info, self.now)
         return lease.server
 
     def _publish(self, sharing: Sharing, number: int) -> None:
@@ -328,7 +328,7 @@ class World:
             call = job.owner
             assert isinstance(call, Call)
             call.first_at, call.cached = self.now, job.cached
-            if call.facts.stream and call.lease is not None:
+            if call.info.stream and call.lease is not None:
                 call.lease.last_byte_at = self.now
                 call.router.policy.first_byte(call.lease)
         for job in last:

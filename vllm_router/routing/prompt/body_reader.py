@@ -59,7 +59,7 @@ class Reading:
     oddity: the reason why a form is not plain; empty for plain forms and JSON.
     """
 
-    facts: RoutingInfo
+    info: RoutingInfo
     text: bytes | None = None
     places: tuple[tuple[int, int], ...] | None = ()
     name: Callable[[str], bytes] = json_name
@@ -77,15 +77,15 @@ def read_routing_info(
     seeds: Seeds = seed_of_name,
 ) -> RoutingInfo:
     """Read any body without interruption, see `read_at_once`. Raises InvalidBody."""
-    facts = read_at_once(
+    info = read_at_once(
         path, content_type, body, session, with_prompt=with_prompt, shortest=shortest, seeds=seeds
     )
-    if facts is not None:
-        return facts
+    if info is not None:
+        return info
     steps = read_in_slices(
         path, content_type, body, session, with_prompt=with_prompt, shortest=shortest, seeds=seeds
     )
-    return finish(steps).facts
+    return finish(steps).info
 
 
 def read_in_slices(
@@ -125,9 +125,9 @@ def read_in_slices(
             raise
         return unknown
     fields = AllFields(model=form.model, stream=form.stream)
-    facts = routing_info_from(path, fields, session, transfer=form.transfer)
+    info = routing_info_from(path, fields, session, transfer=form.transfer)
     name = partial(form_value, kind, form.charset)
-    return Reading(facts, None, form.places, name, form.oddity)
+    return Reading(info, None, form.places, name, form.oddity)
 
 
 def _takes_json(path: bytes) -> bool:
@@ -175,9 +175,9 @@ def _read_json(
     else:
         prompt = yield from long_prompt(values, seeds(fields.model))
     transfer = yield from _transfer(text, members)
-    facts = routing_info_from(path, fields, session, prompt, transfer)
+    info = routing_info_from(path, fields, session, prompt, transfer)
     places = tuple(filter(None, (name_place(text, *span) for span in members.models)))
-    return Reading(facts, None if text is body else text, places)
+    return Reading(info, None if text is body else text, places)
 
 
 _TRANSFER = ("kv_transfer_params", "ec_transfer_params")

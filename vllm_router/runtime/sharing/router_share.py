@@ -114,7 +114,7 @@ def share_through(
         )
 
     def levels() -> dict[str, ServerLevel]:
-        fleet.look()
+        fleet.refresh_leases()
         queued = summed_levels((share.levels(), share.peers.siblings(trio.current_time())))
         found = {
             server.url: ServerLevel(0.0, server.in_flight)

@@ -54,13 +54,13 @@ class SharedFleet(Fleet, Generic[News]):
         self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
         self._columns: dict[str, int | None] = {}
-        self.usage = SharedUsage(counters, self.look)
+        self.usage = SharedUsage(counters, self.refresh_leases)
         super().__init__(config)
 
     def apply(self, config: Config) -> FleetChange:
         change = super().apply(config)
         self._keys = config.auth.keys if config.auth is not None else ()
-        self.look()
+        self.refresh_leases()
         self.use_columns()
         return change
 
@@ -92,8 +92,8 @@ class SharedFleet(Fleet, Generic[News]):
 
     # -- leases of other processes ------------------------------------------------------------
 
-    def look(self) -> None:
-        for column, difference in self.counters.look():
+    def refresh_leases(self) -> None:
+        for column, difference in self.counters.read_changes():
             server = self._by_column.get(column)
             if server is not None:
                 server.changed_elsewhere(difference)
@@ -102,18 +102,18 @@ class SharedFleet(Fleet, Generic[News]):
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
         if not self.frozen:
-            self.look()
+            self.refresh_leases()
         return super().candidates(model, now)
 
     def others(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
         if not self.frozen:
-            self.look()
+            self.refresh_leases()
         return super().others(model, now, tried)
 
     def gone(self) -> list[Server]:
-        self.look()
+        self.refresh_leases()
         gone = super().gone()
         if gone:
             self.use_columns()

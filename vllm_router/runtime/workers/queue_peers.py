@@ -95,11 +95,15 @@ class QueuePeers:
     """`Peers` on a `QueueBoard`. `notify` wakes the process with a number."""
 
     def __init__(
-        self, gate: AdmissionQueue, board: QueueBoard, number: int, notify: Callable[[int], None]
+        self,
+        admission: AdmissionQueue,
+        board: QueueBoard,
+        number: int,
+        notify: Callable[[int], None],
     ) -> None:
         self.number = number
         self.promised: Counter[Server] = Counter()
-        self._gate = gate
+        self._admission = admission
         self._notify = notify
         self._page = board.pages[number]
         self._pages = board.pages
@@ -118,8 +122,8 @@ class QueuePeers:
         self._names: dict[int, tuple[str | None, ...]] = {}
         self._names_of = -1
         self._page.reset()
-        if isinstance(gate.fleet, SharedFleet):
-            gate.fleet.counters.queue_page = self._page
+        if isinstance(admission.fleet, SharedFleet):
+            admission.fleet.counters.queue_page = self._page
 
     @property
     def waiting(self) -> int:
@@ -131,23 +135,23 @@ class QueuePeers:
     def key(self, name: str) -> Hashable:
         return mark(name)
 
-    def where(self, entry: QueueEntry) -> tuple[str | None, Route]:
+    def model_and_route(self, entry: QueueEntry) -> tuple[str | None, Route]:
         assert isinstance(entry, RemoteEntry)
         models = self._models(entry.public or entry.queue_mark)
         entry.models = models
         (model,) = self._models(entry.queue_mark)[:1]
-        servers = frozenset[Hashable]().union(*(self._gate.serving(model) for model in models))
+        servers = frozenset[Hashable]().union(*(self._admission.serving(model) for model in models))
         return model, Route(servers, (entry.owner, entry.route_mark))
 
     def _models(self, name: int) -> tuple[str | None, ...]:
         """The models whose servers may serve a request for this model or public name."""
-        if self._names_of != self._gate.generation:
-            self._names_of = self._gate.generation
+        if self._names_of != self._admission.generation:
+            self._names_of = self._admission.generation
             self._names = self._all_names()
         return self._names.get(name, (ANY_UNKNOWN,))
 
     def _all_names(self) -> dict[int, tuple[str | None, ...]]:
-        fleet = self._gate.fleet
+        fleet = self._admission.fleet
         names: dict[int, tuple[str | None, ...]] = {_NO_MODEL: (None,)}
         for server in fleet.servers.values():
             for model in server.models or ():
@@ -214,7 +218,7 @@ class QueuePeers:
 
     # -- entries of the others ----------------------------------------------------------------
 
-    def look(self, now: float) -> None:
+    def read_entries(self, now: float) -> None:
         for reader in self._readers:
             page = self._pages[reader.number]
             epoch = page.epoch
@@ -239,7 +243,7 @@ class QueuePeers:
         """The entry has stopped waiting."""
         del reader.entries[remote.slot]
         if self._numbers.pop(remote.number, None) is not None:
-            self._gate.queue.leave(remote, now)
+            self._admission.queue.leave(remote, now)
 
     def _read(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
         known = reader.entries.get(slot)
@@ -250,7 +254,7 @@ class QueuePeers:
             known = None
         if entry.number == 0 or entry.epoch != reader.epoch:
             return
-        queue = self._gate.queue
+        queue = self._admission.queue
         queue.observe_stamp(abs(entry.number))
         if entry.number > 0:
             self._join(reader, slot, entry, now)
@@ -282,22 +286,22 @@ class QueuePeers:
             public=entry.public,
             route_mark=entry.route,
         )
-        remote.model, remote.route = self.where(remote)
+        remote.model, remote.route = self.model_and_route(remote)
         return remote
 
     def _join(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
         remote = self._remote_entry(reader, slot, entry)
         reader.entries[slot] = self._numbers[remote.number] = remote
-        queue = self._gate.queue
-        if not remote.returning and self._gate.fleet.candidates(remote.model, now):
+        queue = self._admission.queue
+        if not remote.returning and self._admission.fleet.candidates(remote.model, now):
             queue.model_queue(remote.model).rate.begin(now)
         queue.join(remote)
         displaced = self._numbers.get(entry.displaced) if entry.displaced else None
         if displaced is not None:
-            self._gate.displace(displaced, now)
+            self._admission.displace(displaced, now)
 
     def _server(self, entry: Entry) -> Server | None:
-        for server in self._gate.fleet.servers.values():
+        for server in self._admission.fleet.servers.values():
             if mark(server.url) == entry.server:
                 return server
         return None
@@ -318,7 +322,7 @@ class QueuePeers:
             if heartbeat != reader.heartbeat:
                 reader.heartbeat, reader.heard, reader.silent = heartbeat, self._awake, False
 
-    def give(self, entry: QueueEntry, now: float) -> Verdict:
+    def reserve(self, entry: QueueEntry, now: float) -> Verdict:
         assert isinstance(entry, RemoteEntry)
         server = self._server_for(entry, now)
         if server is None:
@@ -348,7 +352,7 @@ class QueuePeers:
         """A server with a free unit that the entry's process has not passed over."""
         considered = self._pages[remote.owner].considered(remote.slot)
         for model in remote.models:
-            candidates = self._gate.fleet.candidates(model, now)
+            candidates = self._admission.fleet.candidates(model, now)
             for server in candidates:
                 free = server.in_flight + self.promised[server] < server.cap
                 if free and considered <= self._available_since(server):
@@ -384,9 +388,9 @@ class SharedQueue:
         self._number = number
         self.wakeups = wakeups
 
-    def make_peers(self, gate: AdmissionQueue) -> Peers:
-        """The peers of a new gate; the previous gate has dismissed its requests."""
-        return QueuePeers(gate, self._board, self._number, self.wakeups.notify)
+    def make_peers(self, admission: AdmissionQueue) -> Peers:
+        """The peers of a new admission; the previous admission has dismissed its requests."""
+        return QueuePeers(admission, self._board, self._number, self.wakeups.notify)
 
 
 def check_limits(config: Config) -> None:

@@ -47,11 +47,11 @@ class Wakeups:
 async def serve_waiters(proxy: Proxy, wakeups: Wakeups) -> None:
     """Assign servers that other processes have released to requests that wait here."""
     while True:
-        gate = proxy.context.gate
-        waiting = gate is not None and gate.holds_waiters
+        admission = proxy.context.admission
+        waiting = admission is not None and admission.holds_waiters
         with trio.move_on_after(POLL_WHILE_WAITING if waiting else POLL_WHILE_IDLE):
             await wakeups.wait()
-        gate = proxy.context.gate
-        if gate is not None:
-            proxy.context.fleet.look()
-            gate.woken(trio.current_time())
+        admission = proxy.context.admission
+        if admission is not None:
+            proxy.context.fleet.refresh_leases()
+            admission.follow_peers(trio.current_time())

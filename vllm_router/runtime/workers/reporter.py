@@ -38,7 +38,7 @@ _NOT_AS_IT_IS = {
     "owner",
     "outcome",
     "retries",
-    "facts",
+    "info",
     "trace",
 }
 _AS_IT_IS = tuple(name for name in Record.__struct_fields__ if name not in _NOT_AS_IT_IS)
@@ -48,7 +48,7 @@ _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 
 
 def pack(record: Record) -> Ended:
-    """Encode a record for a message; `unpack` is the inverse, except for facts and trace."""
+    """Encode a record for a message; `unpack` is the inverse, except for info and trace."""
     server, outcome, model = record.server, record.outcome, record.model
     return (
         _as_it_is(record),

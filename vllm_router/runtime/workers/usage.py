@@ -25,12 +25,12 @@ def _columns_for(key: KeyConfig, column_of: Callable[[str], int | None]) -> tupl
 
 
 class SharedUsage(Usage):
-    """`look` reads the shared counters and calls `changed` for each difference."""
+    """`refresh` reads the shared counters and calls `changed` for each difference."""
 
-    def __init__(self, counters: CounterView, look: Callable[[], None]) -> None:
+    def __init__(self, counters: CounterView, refresh: Callable[[], None]) -> None:
         super().__init__()
         self._counters = counters
-        self._look = look
+        self._refresh = refresh
         self._columns: dict[str, tuple[int, int]] = {}
         self._of_column: dict[int, tuple[KeyConfig, bool]] = {}
         self._running: dict[str, int] = {}
@@ -53,8 +53,8 @@ class SharedUsage(Usage):
         """Use the columns of these keys; a key without columns counts its own requests only."""
         found = [(key, _columns_for(key, column_of)) for key in keys]
         self._counters.watch(max((max(columns) for _, columns in found if columns), default=0))
-        # Admissions before the first look are not taken from the bucket.
-        self._look()
+        # Admissions before the first refresh are not taken from the bucket.
+        self._refresh()
         self._of_column.clear()
         for key, columns in found:
             own = self._running.get(key.name, 0) + self._elsewhere.get(key.name, 0)
@@ -91,7 +91,7 @@ class SharedUsage(Usage):
             self._counters.put(columns[1], self._admitted.get(name, 0))
 
     def enter(self, key: KeyConfig, now: float) -> None:
-        self._look()
+        self._refresh()
         super().enter(key, now)
         self._running[key.name] = self._running.get(key.name, 0) + 1
         self._admitted[key.name] = self._admitted.get(key.name, 0) + 1
