@@ -73,6 +73,9 @@ EXAMPLES = {
     "limits.max_in_flight": "96",
     "limits.key_requests_per_minute": "600",
     "limits.key_max_concurrent_requests": "20",
+    "first_token": "2.5",
+    "first_token_share": "0.9",
+    "success_share": "0.99",
     "tls.certificate": '"router.pem"',
     "tls.key": '"router.key"',
     "tls.client_ca": '"clients-ca.pem"',
@@ -211,8 +214,8 @@ def _example(path: str, key: str, described: dict[str, Any]) -> str:
             value = str(not default).lower()
         elif isinstance(default, int | float):
             value = f"{_near(default, described):g}"
-        elif described.get("enum"):
-            value = json.dumps(next(name for name in described["enum"] if name != default))
+        elif names := [name for one in described.get("anyOf", ()) for name in one.get("enum", ())]:
+            value = json.dumps(next(name for name in names if name != default))
         elif default is not None:
             value = json.dumps(default)
     return f"`{key} = {value}`" if value is not None else ""
@@ -221,7 +224,7 @@ def _example(path: str, key: str, described: dict[str, Any]) -> str:
 def _near(default: float, described: dict[str, Any]) -> float:
     """A value like the default that the schema accepts, too."""
     for value in (2 * default, default / 2, 1):
-        most = described.get("maximum", value)
+        most = described.get("maximum", described.get("exclusiveMaximum", value + 1e-9) - 1e-9)
         least = described.get("minimum", described.get("exclusiveMinimum", -1) + 1e-9)
         if value != default and least <= value <= most:
             return int(value) if described["type"] == "integer" else value

@@ -122,7 +122,7 @@ class DnsSource(SourceConfig, frozen=True, kw_only=True):
     """
 
     domain: str
-    type: str = "A"
+    type: str
     port: int | None = None
     nameservers: tuple[tuple[str, int], ...] = ()
     interval: float = 30.0

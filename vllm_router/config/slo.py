@@ -9,12 +9,19 @@ from msgspec import Meta
 
 from vllm_router.config.server_url import joined
 from vllm_router.config.toml_reader import Reader
-from vllm_router.config.types import SecondsOrNone
+from vllm_router.config.types import Seconds
 
 FIRST_TOKEN_BOUNDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Buckets of the histogram of first tokens, in seconds. An objective is one of them, so that
 Prometheus counts exactly what the objective says."""
 
+FirstToken = Annotated[
+    Seconds | None,
+    Meta(
+        description="number of seconds > 0",
+        extra_json_schema={"enum": list(FIRST_TOKEN_BOUNDS)},
+    ),
+]
 GoodShare = Annotated[float, Meta(ge=0.5, lt=1, description="number from 0.5 to below 1")]
 
 
@@ -26,7 +33,7 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True):
     success_share: the share of requests that must not end in an error of the servers or the router.
     """
 
-    first_token: SecondsOrNone = None
+    first_token: FirstToken = None
     first_token_share: GoodShare = 0.95
     success_share: GoodShare = 0.999
 

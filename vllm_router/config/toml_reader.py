@@ -275,7 +275,7 @@ class Reader:
         if get_origin(kind) is tuple and isinstance(value, list) and value:
             (element, _) = get_args(kind)
             items = [self.value(f"{path}[{n}]", item, element) for n, item in enumerate(value)]
-            return tuple(dict.fromkeys(items))
+            return None if None in items else tuple(dict.fromkeys(items))
         if get_origin(kind) is dict and isinstance(value, dict):
             return self._entries(path, value, *get_args(kind))
         extra = meta.extra or {}

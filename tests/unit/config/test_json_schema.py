@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vllm_router.errors import ConfigError
 from vllm_router.routing.policies import POLICY_NAMES
 
 EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
+VARIABLES = {"LEVEL": "debug", "HOST": "127.0.0.1", "PORT": "80", "POLICY": "random"}
 SERVER = '[[servers.servers]]\nurl = "http://h:1"\n'
 
 
@@ -77,7 +79,34 @@ def test_schema_knows_every_default_of_config():
         "default": 3,
         "description": "",
     }
-    assert keys["policy"]["enum"] == list(POLICY_NAMES)
+    assert {"enum": list(POLICY_NAMES)} in keys["policy"]["anyOf"]
+
+
+def tables_of(schema: Any) -> Iterator[dict[str, Any]]:
+    """All `properties` of a schema, at any depth."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict):
+            yield schema["properties"]
+        schema = list(schema.values())
+    for inner in schema if isinstance(schema, list) else ():
+        yield from tables_of(inner)
+
+
+def test_schema_defaults_are_valid_values():
+    # Through JSON, as editors read it: an array is a tuple before.
+    schema = json.loads(json.dumps(json_schema(POLICY_NAMES)))
+    for properties in tables_of(schema):
+        for key, described in properties.items():
+            if "default" in described:
+                jsonschema.validate(described["default"], described)
+                assert described["default"] is not None, key
+
+
+def test_schema_has_defaults_of_every_kind_of_table():
+    discovery = json_schema(POLICY_NAMES)["properties"]["discovery"]["properties"]
+    source, _ = discovery["http"]["anyOf"]
+    assert source["properties"]["interval"]["default"] == 30.0
+    assert discovery["keep_for"]["default"] == 300.0
 
 
 @pytest.mark.parametrize(
@@ -92,6 +121,16 @@ def test_schema_knows_every_default_of_config():
         SERVER + '[run]\nhost = "a b"',
         SERVER + '[[auth.keys]]\nname = "a"\nkey = "sk-a"',
         SERVER + "verify = false",
+        SERVER + '[log]\nlevel = "${LEVEL}"',
+        SERVER + '[run]\nhost = "${HOST}"',
+        SERVER + '[config]\npolicy = "${POLICY}"',
+        SERVER + '[run]\nport = "${PORT}"',
+        SERVER + '[log]\nlevel = "$LEVEL"',
+        SERVER + "[slo]\nfirst_token = 2.5",
+        SERVER + "[slo]\nfirst_token = 2",
+        SERVER + "[shared]",
+        SERVER + "[discovery.http]",
+        SERVER + "[discovery.dns]\nport = 80",
         SERVER + "[config]\nmax_retrys = 3",
         SERVER + "[config]\nmax_retries = -1",
         SERVER + '[config]\npolicy = "best"',
@@ -106,7 +145,7 @@ def test_schema_knows_every_default_of_config():
 )
 def test_schema_and_parser_agree(validator: Any, text: str):
     try:
-        parse(text.encode(), "f", environ={}, policies=POLICY_NAMES)
+        parse(text.encode(), "f", environ=VARIABLES, policies=POLICY_NAMES)
         accepted = True
     except ConfigError:
         accepted = False

@@ -29,7 +29,7 @@ from vllm_router.errors import ConfigError
             WebDocument,
             ("http", "http://cmdb.test/servers"),
         ),
-        (DnsSource(name="d", domain="gpu.test", port=80), Names, ("dns", "gpu.test A")),
+        (DnsSource(name="d", domain="gpu.test", type="A", port=80), Names, ("dns", "gpu.test A")),
         (
             KubernetesSource(name="k", url="https://api", namespace="llm", selector="app=vllm"),
             Kubernetes,
@@ -64,6 +64,7 @@ def test_source_of_unknown_kind_is_a_defect():
         ),
         ('kubernetes = { namespace = "a", service = "S", api = "http://h" }', "kubernetes.service"),
         ('kubernetes = { namespace = "a", service = "s", api = "h" }', "kubernetes.api"),
+        ('file = { path = "a" }\nlabel_key_envs = ["1"]', "label_key_envs[0]"),
     ],
 )
 def test_table_bad_required_value_is_one_problem(source: str, key: str):

@@ -27,8 +27,8 @@ from vllm_router.errors import ConfigError
 
 
 def config(server: DnsServer | None = None, **options: Any) -> DnsSource:
-    values: dict[str, Any] = {"name": "dns", "domain": "vllm.test.", "port": 8000, "timeout": 30.0}
-    values.update(options)
+    values: dict[str, Any] = {"name": "dns", "domain": "vllm.test.", "type": "A", "port": 8000}
+    values.update({"timeout": 30.0, **options})
     if server is not None:
         values.setdefault("nameservers", (("127.0.0.1", server.port),))
     return DnsSource(**values)
