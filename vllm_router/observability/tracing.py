@@ -25,9 +25,11 @@ import trio
 from vllm_router import __version__
 from vllm_router.config.log import LogSettings
 from vllm_router.fleet.server import Server
+from vllm_router.http.asgi_types import Scope
 from vllm_router.observability.background_writer import BackgroundWriter
 from vllm_router.observability.decisions import outcome_label
 from vllm_router.observability.tally import failed
+from vllm_router.proxy.headers import get_all
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.paths import path_label
@@ -35,6 +37,7 @@ from vllm_router.routing.paths import path_label
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import SpanContext
 
 LIMIT = 5_000
 """Queued exchanges whose spans are not built yet."""
@@ -44,10 +47,12 @@ CLOSE_TIME = 3.0
 
 LONGEST = 256
 
-_ASKING = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _RESPONSE_MODEL = re.compile(rb'"model": ?"([^"\\]{1,256})"')
-_SAMPLED = 1
+_SAMPLED, _RANDOM = 1, 2
+"""Flags of a `traceparent`; the second says that the trace id is random."""
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -74,33 +79,63 @@ def running(settings: LogSettings) -> Iterator[Telemetry | None]:
 def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Telemetry | None:
     """Export spans as the environment says (OTLP over HTTP), if it or `settings` enables tracing.
 
-    The caller closes the result. Returns None, with a warning, if the extra is not installed.
+    The caller closes the result. Returns None, with a warning, if the extra is not installed or a
+    variable is wrong.
     """
     environ = os.environ if environ is None else environ
-    asked = settings.otel or any(environ.get(name) for name in _ASKING)
-    if not asked or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+
+    def said(name: str) -> str:
+        return environ.get(name, "").strip().lower()
+
+    asked = settings.otel or any(environ.get(name) for name in _ENDPOINTS)
+    if not asked or said("OTEL_SDK_DISABLED") == "true" or said("OTEL_TRACES_EXPORTER") == "none":
         return None
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        _check(environ)
+        provider = _provider()
     except ImportError as error:
         logger.warning(
             "tracing is disabled, a package is missing; in a clone: pip install '.[otel]' (%s)",
             error,
         )
         return None
-    named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(
-        "OTEL_RESOURCE_ATTRIBUTES", ""
-    )
-    attributes = {"service.version": __version__}
-    if not named:
-        attributes["service.name"] = "vllm-router"
-    provider = TracerProvider(resource=Resource.create(dict(attributes)), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    except ValueError as error:
+        logger.warning("tracing is disabled, a variable of OpenTelemetry is wrong: %s", error)
+        return None
     logger.info("exporting spans")
     return Telemetry(provider)
+
+
+def _check(environ: Mapping[str, str]) -> None:
+    """Raises ValueError for an endpoint that is no URL: the exporter would fail at each export."""
+    for name in _ENDPOINTS:
+        endpoint = environ.get(name)
+        if endpoint and not re.match(r"https?://[^/]", endpoint, re.IGNORECASE):
+            text = f'{name}: expected a URL like "http://collector:4318", got "{endpoint}"'
+            raise ValueError(text)
+    protocol = next((name for name in _PROTOCOLS if environ.get(name)), None)
+    if protocol is not None and environ[protocol] != "http/protobuf":
+        logger.warning(
+            '%s: expected "http/protobuf", got "%s": spans are sent over HTTP, to which '
+            "collectors usually listen at port 4318",
+            protocol,
+            environ[protocol],
+        )
+
+
+def _provider() -> TracerProvider:
+    """Raises ImportError without the extra, and ValueError for a wrong variable."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    resource = Resource.create({"service.version": __version__})
+    if str(resource.attributes["service.name"]).startswith("unknown_service"):
+        resource = resource.merge(Resource({"service.name": "vllm-router"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
 
 
 class _Attempt:
@@ -118,18 +153,31 @@ class _Attempt:
 class ExchangeTrace:
     """Notes of one exchange; the `Trace` of its record."""
 
-    __slots__ = ("_ids", "_own", "attempts", "parent", "replaced", "response_model", "sampled")
+    __slots__ = (
+        "_flags",
+        "_ids",
+        "_own",
+        "attempts",
+        "parent",
+        "replaced",
+        "response_model",
+        "scheme",
+    )
 
     def __init__(
-        self, ids: Random, own: tuple[int, int], parent: Context | None, *, sampled: bool
+        self, ids: Random, own: tuple[int, int], parent: Context | None, flags: int, scheme: str
     ) -> None:
         """`own` are the ids of the trace and of the exchange's span."""
-        self._ids, self._own = ids, own
-        self.parent, self.sampled = parent, sampled
+        self._ids, self._own, self._flags = ids, own, flags
+        self.parent, self.scheme = parent, scheme
         # `tracestate` has no meaning without a valid parent.
         self.replaced = _WITH_PARENT if parent is not None else _WITHOUT_PARENT
         self.attempts: list[_Attempt] = []
         self.response_model: str | None = None
+
+    @property
+    def sampled(self) -> bool:
+        return bool(self._flags & _SAMPLED)
 
     @property
     def trace_id(self) -> str:
@@ -139,7 +187,7 @@ class ExchangeTrace:
         """The `traceparent` that makes the server's spans children of this attempt's span."""
         span_id = _new_id(self._ids, 64)
         self.attempts.append(_Attempt(server, span_id, now))
-        return b"00-%032x-%016x-%02x" % (self._own[0], span_id, _SAMPLED if self.sampled else 0)
+        return b"00-%032x-%016x-%02x" % (self._own[0], span_id, self._flags)
 
     def attempt_ended(self, outcome: Outcome | None, now: float) -> None:
         attempt = self.attempts[-1]
@@ -176,25 +224,36 @@ class Telemetry:
             def generate_span_id(self) -> int:
                 return self.span_id
 
+            def is_trace_id_random(self) -> bool:
+                return True
+
         self._provider = provider
         self._preset = Preset()
         provider.id_generator = self._preset  # type: ignore[assignment]  # inferred too narrowly
         self._tracer = provider.get_tracer("vllm_router", __version__)
         self._ids = Random()
         self._gatherer = BackgroundWriter("spans", LIMIT, self._build)
+        # It would log a warning for each request of a client with a malformed `tracestate`.
+        logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
     # -- on the loop --------------------------------------------------------------------------
 
-    def begin(self, fields: dict[bytes, bytes]) -> ExchangeTrace:
+    def begin(self, scope: Scope) -> ExchangeTrace:
         """Continue the client's trace, or begin a new one."""
         from opentelemetry.sdk.trace.sampling import Decision
 
-        given = fields.get(b"traceparent")
-        parent = _parent(given, fields.get(b"tracestate")) if given else None
-        trace_id = _trace_id(parent) if parent is not None else _new_id(self._ids, 128)
+        headers = scope["headers"]
+        given = [value for name, value in headers if name == b"traceparent"]
+        span = _parent(given[0], get_all(headers, b"tracestate")) if len(given) == 1 else None
+        if span is None:
+            parent, trace_id, flags = None, _new_id(self._ids, 128), _RANDOM
+        else:
+            parent, trace_id, flags = _context(span), span.trace_id, span.trace_flags & _RANDOM
         decision = self._provider.sampler.should_sample(parent, trace_id, "exchange").decision
+        if decision is Decision.RECORD_AND_SAMPLE:
+            flags |= _SAMPLED
         own = (trace_id, _new_id(self._ids, 64))
-        return ExchangeTrace(self._ids, own, parent, sampled=decision is Decision.RECORD_AND_SAMPLE)
+        return ExchangeTrace(self._ids, own, parent, flags, scope["scheme"])
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         """The trace contains the attempts."""
@@ -234,7 +293,7 @@ class Telemetry:
             f"{record.method} {route}".rstrip(),
             trace.parent if trace.parent is not None else Context(),
             SpanKind.SERVER,
-            _exchange_attributes(record, route),
+            _exchange_attributes(record, route, trace.scheme),
             start_time=at(record.started_at),
         )
         if failed(record):
@@ -253,6 +312,8 @@ class Telemetry:
             )
             if attempt.outcome is not Outcome.ANSWERED and attempt.outcome is not None:
                 child.set_status(Status(StatusCode.ERROR, attempt.outcome.value))
+            elif attempt.status >= 400:
+                child.set_status(StatusCode.ERROR)
             child.end(at(attempt.ended if attempt.ended is not None else record.ended_at))
         span.end(at(record.ended_at))
 
@@ -262,16 +323,9 @@ def _new_id(ids: Random, bits: int) -> int:
     return ids.getrandbits(bits) or 1
 
 
-def _parent(given: bytes, state: bytes | None) -> Context | None:
+def _parent(given: bytes, state: bytes) -> SpanContext | None:
     """The client's span if its `traceparent` is valid (section 3.2), with its `tracestate`."""
-    from opentelemetry.context import Context
-    from opentelemetry.trace import (
-        NonRecordingSpan,
-        SpanContext,
-        TraceFlags,
-        TraceState,
-        set_span_in_context,
-    )
+    from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
     found = _TRACEPARENT.fullmatch(given.strip())
     if found is None or found[1] == b"ff" or (found[1] == b"00" and found[5]):
@@ -280,14 +334,14 @@ def _parent(given: bytes, state: bytes | None) -> Context | None:
     if not trace_id or not span_id:
         return None
     vendors = TraceState.from_header([state.decode("latin-1")]) if state else None
-    context = SpanContext(trace_id, span_id, True, TraceFlags(int(found[4], 16)), vendors)
-    return set_span_in_context(NonRecordingSpan(context), Context())
+    return SpanContext(trace_id, span_id, True, TraceFlags(int(found[4], 16)), vendors)
 
 
-def _trace_id(parent: Context) -> int:
-    from opentelemetry.trace import get_current_span
+def _context(span: SpanContext) -> Context:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import NonRecordingSpan, set_span_in_context
 
-    return get_current_span(parent).get_span_context().trace_id
+    return set_span_in_context(NonRecordingSpan(span), Context())
 
 
 def _model(record: Record) -> str | None:
@@ -298,14 +352,14 @@ def _known(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _exchange_attributes(record: Record, route: str) -> dict[str, Any]:
+def _exchange_attributes(record: Record, route: str, scheme: str) -> dict[str, Any]:
     """Attributes of a server span (HTTP conventions)."""
     wrong = failed(record) or record.status >= 500
     return _known(
         {
             "http.request.method": record.method,
             "url.path": record.path[:LONGEST].decode("latin-1"),
-            "url.scheme": "http",
+            "url.scheme": scheme,
             "http.route": route or None,
             "http.response.status_code": record.status or None,
             "http.request.body.size": record.bytes_in,
@@ -346,6 +400,7 @@ def _attempt_attributes(record: Record, trace: ExchangeTrace, number: int) -> di
             "server.address": url.hostname,
             "server.port": url.port or (443 if url.scheme == "https" else 80),
             "error.type": error,
+            "url.full": attempt.server.url + record.path[:LONGEST].decode("latin-1"),
             "vllm_router.server": attempt.server.name,
         }
     )

@@ -194,7 +194,7 @@ class Exchange:
         """Read the request, and prepare the attempts. Raises Refused, or ClientGone."""
         context, record, key = self._context, self.record, self._key
         if context.tracer is not None:
-            record.trace = context.tracer.begin(self._head.fields)
+            record.trace = context.tracer.begin(self._scope)
         if context.stopping:
             raise router_stopping()
         head, share, downstream = self._head, self._share, self.downstream

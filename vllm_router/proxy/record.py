@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from vllm_router.fleet.server import Server
+from vllm_router.http.asgi_types import Scope
 from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
@@ -113,4 +114,4 @@ class Trace(Protocol):
 class Tracer(Protocol):
     """Starts traces, or continues the client's."""
 
-    def begin(self, fields: dict[bytes, bytes]) -> Trace: ...
+    def begin(self, scope: Scope) -> Trace: ...

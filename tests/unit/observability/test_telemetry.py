@@ -127,6 +127,59 @@ def test_telemetry_environment_or_configuration_enables_spans(monkeypatch: pytes
         started.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "max_queue_size"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318", 'expected a URL like "http://'),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://", 'expected a URL like "http://'),
+    ],
+)
+def test_telemetry_bad_variable_is_reported_and_harmless(
+    monkeypatch: pytest.MonkeyPatch, caplog, name: str, value: str, reason: str
+):
+    monkeypatch.setenv(name, value)
+    assert telemetry.start(LogSettings(otel=True)) is None
+    (record,) = [one for one in caplog.records if one.name == telemetry.logger.name]
+    assert "tracing is disabled" in record.message
+    assert reason in record.message
+
+
+def test_telemetry_other_protocol_is_reported(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
+    started = telemetry.start(LogSettings(otel=True))
+    assert started is not None
+    assert 'OTEL_EXPORTER_OTLP_PROTOCOL: expected "http/protobuf", got "grpc"' in caplog.text
+    started.close()
+
+
+def test_telemetry_no_exporter_exports_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert telemetry.start(LogSettings(otel=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "service"),
+    [
+        ("OTEL_SERVICE_NAME", "", "vllm-router"),
+        ("OTEL_SERVICE_NAME", "front", "front"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "peer.service.name=x", "vllm-router"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a=b, service.name=front", "front"),
+    ],
+)
+def test_telemetry_service_has_name_of_environment_or_own(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, service: str
+):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
+    started = telemetry.start(LogSettings(otel=True))
+    assert started is not None
+    assert started._provider.resource.attributes["service.name"] == service
+    started.close()
+
+
 # -- spans --------------------------------------------------------------------------------------
 
 
@@ -157,6 +210,7 @@ async def test_telemetry_exchange_and_attempt_have_spans(autojump_clock):
         "http.response.status_code": 200,
         "server.address": "a.test",
         "server.port": 1,
+        "url.full": "http://a.test:1/v1/chat/completions",
         "vllm_router.server": "a",
     }
 
@@ -192,6 +246,74 @@ async def test_telemetry_invalid_trace_context_starts_new_trace(autojump_clock, 
         assert sent(rig, b"tracestate") == []
         assert len(sent(rig, b"traceparent")) == 1
     assert server.parent is None
+
+
+async def test_telemetry_two_parents_start_new_trace(autojump_clock):
+    other = PARENT.replace(b"0af7", b"1af7")
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"traceparent", other)))
+        server, _ = made.exchange()
+        assert len(sent(rig, b"traceparent")) == 1
+    assert server.parent is None
+
+
+async def test_telemetry_tracestate_of_several_headers_is_joined(autojump_clock):
+    states = ((b"tracestate", b"a=1"), (b"tracestate", b"b=2"))
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        await rig.post(headers=(JSON, (b"traceparent", PARENT), *states))
+        server, _ = made.exchange()
+        assert sent(rig, b"tracestate") == [b"a=1", b"b=2"]
+    assert list(server.context.trace_state.items()) == [("a", "1"), ("b", "2")]
+
+
+async def test_telemetry_malformed_tracestate_keeps_parent_and_logs_nothing(autojump_clock, caplog):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", b"=;=")))
+        server, _ = made.exchange()
+    assert server.parent is not None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "forwarded"),
+    [
+        (PARENT, b"01"),
+        (PARENT[:-2] + b"03", b"03"),
+        (PARENT[:-2] + b"ff", b"03"),
+        (PARENT[:-2] + b"02", b"02"),
+        (b"cc" + PARENT[2:] + b"-later", b"01"),
+        (b"", b"03"),
+    ],
+)
+async def test_telemetry_flags_sampled_and_random_are_kept(
+    autojump_clock, given: bytes, forwarded: bytes
+):
+    """Bits without a meaning are not forwarded; our own trace ids are random."""
+    headers = (JSON, (b"traceparent", given)) if given else (JSON,)
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, _):
+        await rig.post(headers=headers)
+        (field,) = sent(rig, b"traceparent")
+    assert field[:3] == b"00-"
+    assert field[-2:] == forwarded
+
+
+async def test_telemetry_error_status_of_server_is_error_of_attempt_alone(autojump_clock):
+    async with traced(answering(answer(400, b"{}"))) as (rig, made):
+        await rig.post({"model": "m"})
+        server, (attempt,) = made.exchange()
+    assert attempt.attributes["error.type"] == "400"
+    assert attempt.status.status_code is StatusCode.ERROR
+    assert "error.type" not in server.attributes
+    assert server.status.status_code is StatusCode.UNSET
+
+
+async def test_telemetry_scheme_is_the_one_of_the_connection(autojump_clock):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        client = rig.client({"model": "m"})
+        client._scope["scheme"] = "https"
+        await client.run()
+        server, _ = made.exchange()
+    assert server.attributes["url.scheme"] == "https"
 
 
 async def test_telemetry_every_attempt_has_span_with_error(autojump_clock):
@@ -240,7 +362,7 @@ async def test_telemetry_unsampled_span_is_not_built_and_is_propagated(autojump_
     async with traced(answering(ok(b'{"a":1}')), sampler=ALWAYS_OFF) as (rig, made):
         await rig.post()
         assert made.spans() == []
-        assert sent(rig, b"traceparent")[0].endswith(b"-00")
+        assert sent(rig, b"traceparent")[0].endswith(b"-02")
 
 
 async def test_telemetry_spans_contain_no_prompt_answer_or_key(autojump_clock):
