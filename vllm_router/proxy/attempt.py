@@ -32,7 +32,7 @@ from vllm_router.proxy.answers.faults import message_of
 from vllm_router.proxy.answers.opening import PROVEN, UNJUDGED, Opening, Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.answers.usage import Usage
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempts import Attempts, Doubtful
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.deadline import Deadline
 from vllm_router.proxy.dialect import error_event
@@ -105,7 +105,7 @@ class AttemptResult(msgspec.Struct, gc=False):
     retry: RetryDecision = RetryDecision.NO
     committed: bool = False
     ending: FinalMessages | None = None
-    doubtful: FinalMessages | None = None
+    doubtful: Doubtful | None = None
     rejected: bool = False
 
     @property
@@ -121,7 +121,7 @@ class Attempt:
     _interrupted: Outcome | None
     _fresh = _opened = _closed_before = _committed = _rejected = False
     _ending: FinalMessages | None = None
-    _doubtful: FinalMessages | None = None
+    _doubtful: Doubtful | None = None
     response: ServerResponse | None = None
 
     def __init__(
@@ -404,8 +404,9 @@ class Attempt:
                 response.held += await connection.read_body()
             if self._attempts.request.info.stores:
                 self._note_id(response)
-            last = {"type": BODY, "body": response.held, "more_body": False}
-            self._doubtful = (self._head_for_client(response), last)
+            self._doubtful = Doubtful(
+                self._head_for_client(response), response.held, _early_kind(response)
+            )
         return outcome
 
     async def _accepts_connections(self) -> bool:
@@ -510,9 +511,7 @@ class Attempt:
 
     def _fits_early_head(self, response: ServerResponse) -> bool:
         """Whether the response can follow the head that the client has got already."""
-        head = response.head
-        kind = EARLY_STREAM if head.is_stream else EARLY_JSON if head.is_json else b""
-        return response.judged and kind == self._downstream.early
+        return response.judged and _early_kind(response) == self._downstream.early
 
     async def _answer_late(self, response: ServerResponse) -> None:
         """The client has the head of another response: put the error's text into that one."""
@@ -520,7 +519,7 @@ class Attempt:
         self._committed = self._rejected = True
         record.status, record.phase = 200, STREAM
         self._attempts.release_body(record.status)
-        text = message_of(decode_json(response.held)) or f"The server answered {status}."
+        text = late_text(response.held, status)
         await report_late(self._downstream, record, "late_error", text)
 
     # -- the end ------------------------------------------------------------------------------
@@ -556,6 +555,17 @@ class Attempt:
         assert self.response is not None  # the client has a part of it
         if not downstream.blocked and may_add_event(self.response):
             await downstream.write(error_event(record.path, rule.code, rule.message))
+
+
+def _early_kind(response: ServerResponse) -> bytes:
+    """The kind of early head that the response can follow; empty for none."""
+    head = response.head
+    return EARLY_STREAM if head.is_stream else EARLY_JSON if head.is_json else b""
+
+
+def late_text(body: bytes, status: int) -> str:
+    """The text of a response that cannot follow the head that the client has got."""
+    return message_of(decode_json(body)) or f"The server answered {status}."
 
 
 async def report_late(downstream: Downstream, record: Record, code: str, message: str) -> None:

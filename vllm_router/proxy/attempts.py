@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import trio
 
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server
+from vllm_router.http.asgi_types import Message
 from vllm_router.proxy.candidates import Candidates
 from vllm_router.proxy.context import ProxyContext
-from vllm_router.proxy.downstream import FinalMessages
 from vllm_router.proxy.failures import End
 from vllm_router.proxy.quarantine import Death, fingerprint
 from vllm_router.proxy.record import Record
@@ -34,6 +35,17 @@ EVIDENCE_AFTER = 0.25
 """Seconds after which a request that two servers failed under is looked at again."""
 
 
+class Doubtful(NamedTuple):
+    """A whole response that may still become the client's: its head, its body, and its kind.
+
+    `kind` is a kind of `Downstream.early`, or empty.
+    """
+
+    start: Message
+    body: bytes
+    kind: bytes
+
+
 class Attempts:
     """The results of one exchange's attempts so far, as evidence about the request and the servers.
 
@@ -45,7 +57,7 @@ class Attempts:
 
     deadline = math.inf
     doubted: tuple[Server, ...] = ()
-    doubtful: tuple[FinalMessages, Outcome] | None = None
+    doubtful: tuple[Doubtful, Outcome] | None = None
     fingerprint: int | None = None
     _costless = 0
     _ends: tuple[End, ...] = ()
@@ -148,9 +160,10 @@ class Attempts:
     def passes(self, outcome: Outcome, again: RetryDecision) -> bool:
         """Whether the client gets the server's own response to an attempt with this outcome.
 
-        A redirect would lead the client past the router, and without its key.
+        A redirect would lead the client past the router, and without its key. A doubtful response
+        of another server is better than the failure of this one.
         """
-        if outcome is Outcome.MISDIRECTED:
+        if outcome is Outcome.MISDIRECTED or self.doubtful is not None:
             return False
         return again is RetryDecision.NO and not self._better_called_busy(outcome)
 

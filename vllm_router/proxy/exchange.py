@@ -25,13 +25,14 @@ from vllm_router.http.asgi_types import (
     Send,
 )
 from vllm_router.http.request_ids import request_id
-from vllm_router.proxy.attempt import Attempt, AttemptResult, report_late
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt import Attempt, AttemptResult, late_text, report_late
+from vllm_router.proxy.attempts import Attempts, Doubtful
 from vllm_router.proxy.body import BodyShare, read_body
 from vllm_router.proxy.candidates import SHOWN_MODEL, Candidates
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.context import ProxyContext, router_stopping
 from vllm_router.proxy.downstream import (
+    BODY,
     AsgiDownstream,
     DirectDownstream,
     Downstream,
@@ -314,7 +315,12 @@ class Exchange:
         context.budget.requested(len(context.exchanges))
         now = record.body_read_at
         while True:
-            policy, lease = self._choose(now) or await self._wait_for_server(now)
+            try:
+                policy, lease = self._choose(now) or await self._wait_for_server(now)
+            except Refused:
+                if attempts.doubtful is None:
+                    raise
+                return await self._deliver(*attempts.doubtful)
             result = await self._attempt(policy, lease)
             outcome, retry = result.outcome, result.retry
             record.outcome = outcome
@@ -327,9 +333,10 @@ class Exchange:
             if retry is RetryDecision.NO and outcome in BREAKS_SERVERS:
                 retry = await attempts.reconsider(outcome)
             now = trio.current_time()
-            if retry is RetryDecision.NO:
-                if attempts.doubtful is not None:
-                    return self._deliver(*attempts.doubtful)
+            no_more = retry is RetryDecision.NO
+            if attempts.doubtful is not None and (no_more or context.stopping):
+                return await self._deliver(*attempts.doubtful)
+            if no_more:
                 raise attempts.refusal(outcome, now)
             if context.stopping:
                 raise router_stopping()
@@ -397,20 +404,25 @@ class Exchange:
             lease.server.end_lease(lease)
             report_attempt(context, attempts, policy, lease, result, context.now())
 
-    def _deliver(self, response: FinalMessages, outcome: Outcome) -> FinalMessages:
-        """The doubtful response is the client's: no other server has a better one."""
-        start, last = response
-        assert start is not None
-        record = self.record
+    async def _deliver(self, doubtful: Doubtful, outcome: Outcome) -> FinalMessages | None:
+        """The doubtful response is the client's: no other server has a better one.
+
+        None if the client has the head of a response of another kind.
+        """
+        start, body, kind = doubtful
+        record, downstream = self.record, self.downstream
         record.outcome = ANSWERED if outcome is Outcome.NO_TOKENS else outcome
         record.status, record.phase = start["status"], STREAM
-        record.bytes_out += len(last["body"])
-        record.chunks += 1
         record.first_byte_at = trio.current_time()
         self._attempts.release_body(record.status)
-        if self.downstream.early is not None:
-            start = None  # the client has a head already
-        return start, last
+        if downstream.early not in (None, kind):
+            record.outcome = outcome
+            await report_late(downstream, record, "late_error", late_text(body, record.status))
+            return None
+        record.bytes_out += len(body)
+        record.chunks += 1
+        last = {"type": BODY, "body": body, "more_body": False}
+        return None if downstream.early is not None else start, last
 
 
 def _not_allowed(key: KeyConfig, model: str | None) -> Refused:

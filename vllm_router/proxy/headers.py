@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from vllm_router.http.addresses import Network, is_in
 from vllm_router.http.request_ids import request_id as request_id
@@ -72,8 +73,18 @@ STREAMED = (
 )
 """Types of answers that are read while they are still being written."""
 
+_UNPACKED = (b"", b"identity", b"none", b"utf-8")
+
 VIA = b"1.1 vllm-router"
 MAX_VIA = 8
+
+
+def is_packed(fields: Mapping[bytes, bytes]) -> bool:
+    """Whether a body is compressed: its text cannot be read.
+
+    `none` and `utf-8` are no codings, but are sent; clients ignore them.
+    """
+    return fields.get(b"content-encoding", b"").lower() not in _UNPACKED
 
 
 def connection_field(headers: Headers, fields: dict[bytes, bytes]) -> bytes | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_router.fleet.refusals import MODEL, Asked
+from vllm_router.proxy.headers import is_packed
 from vllm_router.proxy.quarantine import fingerprint
 from vllm_router.proxy.retry import ANSWERED, Outcome
 from vllm_router.proxy.status_rules import ITS_ANSWER, Judgement, Scope, judge_answer
@@ -103,7 +104,7 @@ class Selection:
         has a longer one.
         """
         server, model = tried[-1], self._request.info.model
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        if is_packed(headers):
             body = None
         self._judgement = judgement = judge_answer(
             status, content_type, body, client_key=client_key, asked_model=model is not None

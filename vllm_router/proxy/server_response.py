@@ -14,7 +14,7 @@ from vllm_router.proxy.answers.usage import Usage
 from vllm_router.proxy.answers.whole import read_whole
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.deadline import Deadline
-from vllm_router.proxy.headers import NOT_BUFFERED, STREAMED, passed_on
+from vllm_router.proxy.headers import NOT_BUFFERED, STREAMED, is_packed, passed_on
 from vllm_router.proxy.status_rules import is_page
 from vllm_router.proxy.tail import PlainTail, StreamTail
 
@@ -48,7 +48,7 @@ class ServerHead:
     def __init__(self, headers: Headers) -> None:
         self.fields = fields = dict(headers)
         self.content_type = kind = fields.get(b"content-type", b"").lower()
-        self.readable = b"content-encoding" not in fields
+        self.readable = not is_packed(fields)
         self.is_stream = kind.startswith(_EVENTS)
         self.is_json = kind.startswith(_JSON) and kind[len(_JSON) : len(_JSON) + 1] in _AFTER_TYPE
         self.is_page = is_page(kind)

@@ -20,16 +20,21 @@ LONGEST_EVENT = 1024 * 1024
 of /v1/responses repeats the whole answer."""
 
 
+BEGINNING = 256
+"""Bytes of a longer event's beginning that are kept: its name is there."""
+
+
 class StreamTail:
     """The last events of an event stream, at most LONGEST_EVENT and a piece."""
 
-    __slots__ = ("_kept", "_pieces", "_trim_at", "_whole_event")
+    __slots__ = ("_beginning", "_kept", "_pieces", "_trim_at")
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._kept = 0
         self._trim_at = TRIM_AT
-        self._whole_event = True
+        self._beginning: bytes | None = None
+        """The first bytes of the event whose end comes first; None if that is whole."""
 
     def add(self, piece: bytes) -> None:
         self._pieces.append(piece)
@@ -43,9 +48,10 @@ class StreamTail:
         start = block_start(data, len(data) - KEPT)
         if start == 0 and len(data) > LONGEST_EVENT:
             start = len(data) - KEPT
-            self._whole_event = False
+            if self._beginning is None:
+                self._beginning = data[:BEGINNING]
         elif start:
-            self._whole_event = True
+            self._beginning = None
         self._pieces = [data[start:]]
         self._kept = len(data) - start
         self._trim_at = max(TRIM_AT, 2 * self._kept)
@@ -59,7 +65,7 @@ class StreamTail:
     def read(self, api: Api) -> Ending:
         data = b"".join(self._pieces)
         self._pieces = [data]
-        return read_ending(api, data, whole_event=self._whole_event)
+        return read_ending(api, data, beginning=self._beginning)
 
 
 class PlainTail:

@@ -589,3 +589,80 @@ async def test_exchange_retry_after_comments_is_announced_by_comment(autojump_cl
         rig.prefer("a")
         got = await rig.stream()
         assert got.body == b": c\n\n" + RETRIED + HELLO + STOP + DONE
+
+
+PLAIN_ERROR = b'{"error":\n  {"message":"temperature must be in [0, 2]",\n   "code":400}}'
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n"])
+async def test_exchange_plain_client_error_of_stream_type_is_an_event(autojump_clock, path, ending):
+    """A client of a stream sees nothing in a body without an event."""
+    script = answering(answer(200, PLAIN_ERROR + ending, content_type=SSE))
+    async with lab(script, script) as rig:
+        got = await rig.stream(path=path)
+        *_, line = got.body.rstrip().split(b"\n")
+        assert json.loads(line.removeprefix(b"data: ")) == json.loads(PLAIN_ERROR)
+        assert got.body.startswith(b"data: " if path == CHAT else b"event: error\ndata: ")
+        assert got.body.endswith(b"}\n\n")
+        assert got.whole
+        assert rig.recorder.outcomes == [Outcome.ANSWERED]
+        assert (failures(rig, "a"), failures(rig, "b")) == (0, 0)
+
+
+async def test_exchange_plain_server_error_of_stream_type_is_retried(autojump_clock):
+    body = b'{"error":{"message":"EngineCore died","code":500}}'
+    async with lab(answering(answer(200, body, content_type=SSE)), GOOD) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert got.body == b"".join((HELLO, STOP, DONE))
+        assert rig.recorder.outcomes == [Outcome.ERROR_EVENT, Outcome.ANSWERED]
+
+
+@pytest.mark.parametrize("coding", [b"identity", b"Identity", b"none", b"utf-8"])
+async def test_exchange_stream_with_coding_that_packs_nothing_is_judged(autojump_clock, coding):
+    head = CHUNKED % (SSE, b"content-encoding: " + coding + b"\r\n")
+    async with lab(answering(head, END), answering(head, chunk(HELLO), END)) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert not got.whole
+        assert got.body.startswith(HELLO + b'data: {"error"')
+        assert rig.recorder.outcomes == [Outcome.EMPTY, Outcome.TRUNCATED]
+
+
+def named(kind: str, **fields: object) -> bytes:
+    said = json.dumps({"type": kind, **fields}).encode()
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), said)
+
+
+LONG_TEXT = "x" * 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("last", "outcome"),
+    [
+        ("response.completed", Outcome.ANSWERED),
+        ("response.incomplete", Outcome.ANSWERED),
+        ("response.failed", Outcome.UNCLEAR_ERROR),
+        ("response.output_item.done", Outcome.TRUNCATED),
+    ],
+)
+@pytest.mark.parametrize("is_named", [True, False])
+async def test_exchange_last_event_longer_than_kept_is_known_by_name(
+    autojump_clock, last, outcome, is_named
+):
+    """The last event repeats instructions and tools of the request."""
+    usage = {"input_tokens": 9, "output_tokens": 3}
+    inner = {"status": "completed", "instructions": LONG_TEXT, "usage": usage}
+    final = named(last, response=inner)
+    if not is_named:
+        final = final.partition(b"\n")[2]
+    created = named("response.created", response={"status": "in_progress"})
+    delta = named("response.output_text.delta", delta="hi")
+    pieces = [final[at : at + 65536] for at in range(0, len(final), 65536)]
+    async with lab(streaming(created, delta, *pieces)) as rig:
+        got = await rig.stream(path=RESPONSES)
+        assert rig.recorder.outcomes == [outcome]
+        assert got.whole is (outcome is not Outcome.TRUNCATED)
+        assert rig.recorder.last.completion_tokens == 3
+        assert failures(rig) == (outcome is Outcome.TRUNCATED)

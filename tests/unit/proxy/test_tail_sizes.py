@@ -52,7 +52,7 @@ def test_stream_tail_cut_event_is_forgotten_with_the_next_whole_one(end):
     tail.add(b"x" * (LONGEST_EVENT + 1))
     tail.add(b"\n\n" + long)
     assert tail.bytes == long
-    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, long, whole_event=True)
+    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, long)
 
 
 def test_stream_tail_cut_event_is_not_read():
@@ -60,4 +60,4 @@ def test_stream_tail_cut_event_is_not_read():
     inner = event("", "stop")
     tail = StreamTail()
     tail.add((b"x" * LONGEST_EVENT).ljust(LONGEST_EVENT + KEPT - len(inner), b"x") + inner)
-    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, tail.bytes, whole_event=False)
+    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, tail.bytes, beginning=b"")

@@ -6,6 +6,7 @@ as much as passing it on.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from vllm_router.proxy.answers.events import DONE, NOT_JSON, Event, blocks_of, decode_event
@@ -13,8 +14,12 @@ from vllm_router.proxy.answers.faults import fault_of
 from vllm_router.proxy.answers.opening import FAULTS, Verdict
 from vllm_router.proxy.answers.quick import finished_usage
 from vllm_router.proxy.answers.signs import ABORTS, ENDS, FAILS, FINISHES, OPENS, UNKNOWN, Signs
-from vllm_router.proxy.answers.tables import Api, read_event
-from vllm_router.proxy.answers.usage import Usage, usage_of
+from vllm_router.proxy.answers.tables import CHUNKED, Api, read_event
+from vllm_router.proxy.answers.usage import Usage, UsageScanner, usage_of
+
+_NAME = re.compile(
+    rb'(?:^|[\r\n])(?:event: ?([\w.]+)|data: ?\{\s*"type"\s*:\s*"([\w.]+)")', re.ASCII
+)
 
 LAST_EVENTS = 8
 """Events from the end that are decoded, at most."""
@@ -25,18 +30,18 @@ class Ending(NamedTuple):
     usage: Usage | None
 
 
-def read_ending(api: Api, tail: bytes, *, whole_event: bool = True) -> Ending:
+def read_ending(api: Api, tail: bytes, *, beginning: bytes | None = None) -> Ending:
     """The verdict and the usage by the end of a complete, readable stream.
 
-    `tail` holds at least the last event and should hold the last few. `whole_event` says that it
-    begins with the beginning of an event; else what comes before the first boundary is dropped.
+    `tail` holds at least the last event and should hold the last few. If it begins with the end of
+    an event that was too long to be kept, `beginning` has the first bytes of that: then what comes
+    before the first boundary is read by the event's name alone.
     """
     found = finished_usage(tail)
     if found is not None:
         return Ending(Verdict.PROVEN, found[0])
     blocks, pending = _split(tail)
-    if not whole_event and blocks:
-        del blocks[0]
+    cut = blocks.pop(0) if beginning is not None and blocks else None
     half = False
     if pending and not pending.startswith(b":"):
         last = decode_event(pending.rstrip(b"\r\n"))
@@ -59,7 +64,29 @@ def read_ending(api: Api, tail: bytes, *, whole_event: bool = True) -> Ending:
         _note_choices(event, open_choices)
         if signs & FINISHES and seen & ENDS:
             break
+    else:
+        if cut is not None and beginning is not None and len(blocks) < LAST_EVENTS:
+            signs = _signs_of_cut(api, beginning)
+            usage = usage or _usage_at_end(cut)
+            if signs & FAILS:
+                return Ending(Verdict.UNCLEAR, usage)
+            seen |= signs
     return Ending(_verdict(seen, half=half, unfinished=any(open_choices.values())), usage)
+
+
+def _signs_of_cut(api: Api, beginning: bytes) -> Signs:
+    """What a long event says by its name; a chunk has none, and says nothing."""
+    found = _NAME.search(beginning)
+    if found is None or api in CHUNKED:
+        return OPENS
+    name = (found[1] or found[2]).decode()
+    return read_event(api, Event(name, b"", {"type": name})) & ~UNKNOWN
+
+
+def _usage_at_end(cut: bytes) -> Usage | None:
+    scanner = UsageScanner()
+    scanner.feed(cut)
+    return scanner.usage
 
 
 def _verdict(seen: Signs, *, half: bool, unfinished: bool) -> Verdict:

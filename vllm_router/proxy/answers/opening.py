@@ -22,7 +22,7 @@ from vllm_router.proxy.answers.signs import (
     UNKNOWN,
     Signs,
 )
-from vllm_router.proxy.answers.tables import CHUNKED, Api, read_event
+from vllm_router.proxy.answers.tables import CHUNKED, Api, error_in_plain_json, read_event
 
 
 class Verdict(enum.Enum):
@@ -116,8 +116,17 @@ class Opening:
         return WAIT
 
     def end(self) -> Verdict:
-        """The stream has ended, as its framing says. A last event may lack its blank line."""
+        """The stream has ended, as its framing says. A last event may lack its blank line.
+
+        Some servers send an error as plain JSON under the type of a stream. It becomes an event:
+        clients would see nothing.
+        """
         pending = self._blocks.pending if self._blocks is not None else b""
+        if not pending.startswith(b":"):
+            error = error_in_plain_json(self._api, self.held)
+            if error is not None:
+                self._held, self._blocks = [error], None
+                return self._judge(error.rstrip())
         if pending and not pending.startswith(b":"):
             verdict = self._judge(pending.rstrip(b"\r\n"))
             if verdict is not WAIT:

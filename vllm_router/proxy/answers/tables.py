@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_router.proxy.answers.events import DONE, Event
+from vllm_router.proxy.answers.events import DONE, Event, decode_json
 from vllm_router.proxy.answers.signs import (
     ABORTS,
     ENDS,
@@ -83,6 +83,16 @@ def reports_error(payload: Any) -> bool:
         or payload.get("type") == "error"
         or payload.get("object") == "error"
     )
+
+
+def error_in_plain_json(api: Api, body: bytes) -> bytes | None:
+    """The error in a body that is one JSON object, as an event; None for any other body."""
+    text = body.strip()
+    if not text.startswith(b"{") or not reports_error(decode_json(text)):
+        return None
+    name = b"event: error\n" if api is Api.RESPONSES or api is Api.MESSAGES else b""
+    # A line end cannot stand in a string of JSON.
+    return b"%bdata: %b\n\n" % (name, b" ".join(text.splitlines()))
 
 
 # -- what counts as output ---------------------------------------------------------------------
