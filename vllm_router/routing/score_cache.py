@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from vllm_router.routing.adapters import WAIT_PENALTY
-from vllm_router.routing.hashing import draw
+from vllm_router.routing.affinity_servers import AffinityServers
 from vllm_router.routing.score_order import ScoreOrder
 from vllm_router.routing.server_estimate import ServerEstimate
 from vllm_router.routing.working_sets import overflow
@@ -21,9 +20,6 @@ from vllm_router.routing.working_sets import overflow
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
     from vllm_router.routing.policies.base import PolicySettings
-
-MAX_AFFINITIES = 4096
-"""Keys whose affinity server is remembered."""
 
 QUEUED_WEIGHT = 2.0
 """Weight of a queued prompt token: it delays the new request, and every generation on the server
@@ -52,35 +48,6 @@ DELAYED = 0.5
 AFFINITY_BONUS = 2.0
 """Requests subtracted from the affinity server's load for a new conversation."""
 
-
-LARGE = 128
-"""From so many candidates on, a pick does not score all of them, see `lowest_of_few`."""
-
-SHORTLIST = 16
-"""Candidates with the lowest base scores that are scored in a large fleet."""
-
-HOLDERS = 8
-"""Servers that are scored because they have blocks of a prompt, for each number of blocks."""
-
-SEARCHED = 32
-"""Candidates with the lowest base scores among which servers with a prompt's blocks are sought."""
-
-FEW_BITS = (1 << 60) - 1
-"""As many bits as Python computes with quickly."""
-
-RING = 32
-"""Servers of a large fleet among which a key's affinity server is sought."""
-
-_PER_CANDIDATE = (
-    "_arrivals", "_crowdings", "_footprints", "_growths", "_loads", "_overflows",
-    "_prompt_growths", "_rooms", "bases", "factors", "kv_tokens", "slow",
-)  # fmt: skip
-_OF_ALL = (
-    "_log", "_overflow_seen", "_read", "_turn_at", "_turn_of", "has_peers", "latency", "load",
-    "mean_footprint", "peer_ratio",
-)  # fmt: skip
-"""Figures that a ScoreCache takes over from the one before it."""
-
 _EXPLAINED = (
     "_arrivals", "_crowdings", "_overflows", "_rooms", "factors", "kv_tokens", "slow",
 )  # fmt: skip
@@ -90,6 +57,7 @@ _EXPLAINED = (
 class ScoreCache:
     """The parts of the candidates' scores; every list has one item per candidate, in order.
 
+    affinity: the affinity servers among the candidates.
     candidates: the tuple that the fleet returned; compared by identity.
     estimates: of the candidates.
     slow, factors: slowness, and slowness divided by the effective capacity.
@@ -99,12 +67,11 @@ class ScoreCache:
     has_peers: whether other routers use the same servers.
     peer_ratio: estimated requests of other routers since the scrape, per request of ours.
     is_adapter: whether the model is a LoRA adapter on any of the servers.
-    unmeasured: positions of candidates without figures yet, see `adopt`.
+    unmeasured: positions of candidates without figures yet, see `LargeScoreCache.adopt`.
     least_room: a prompt with at most so many tokens presses no server's KV cache.
     """
 
     __slots__ = (
-        "_affinities",
         "_arrivals",
         "_bits",
         "_crowdings",
@@ -127,11 +94,11 @@ class ScoreCache:
         "_prompt_growths",
         "_queueing",
         "_read",
-        "_ring",
         "_rooms",
         "_suspects",
         "_turn_at",
         "_turn_of",
+        "affinity",
         "bases",
         "candidates",
         "credited",
@@ -150,6 +117,8 @@ class ScoreCache:
         "slow",
         "unmeasured",
     )  # fmt: skip
+
+    is_large: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -176,7 +145,6 @@ class ScoreCache:
         self.unmeasured: set[int] = set()
         self.peer_ratio = 0.0
         self.has_peers = False
-        self._affinities: dict[int, ServerEstimate] = {}
         self._per_request = 1.0 / settings.tokens_per_request
         self._per_queued = QUEUED_WEIGHT * self._per_request
         self._growth = settings.waste_growth
@@ -207,14 +175,8 @@ class ScoreCache:
         self._read = 0
         self._load_total = 0.0
         self._queueing = False
-        large = len(estimates) >= LARGE
-        self._order = ScoreOrder(self.bases) if large else None
-        self._ring = sorted((estimate.seed, estimate.bit) for estimate in estimates if large)
-
-    @property
-    def is_large(self) -> bool:
-        """Whether `lowest_of_few` can be used."""
-        return self._order is not None
+        self._order = ScoreOrder(self.bases) if self.is_large else None
+        self.affinity = AffinityServers(estimates, large=self.is_large)
 
     def follow(self) -> None:
         """Update the scores of servers that have changed; the first step of a pick."""
@@ -235,34 +197,6 @@ class ScoreCache:
             position = positions.get(server)
             if position is not None:
                 self._measure(position)
-
-    def adopt(self, before: ScoreCache) -> None:
-        """Take over the figures of an earlier set of candidates, if most are the same.
-
-        In a fleet of a thousand a server comes or goes often. Measuring all candidates anew takes
-        30 ms, and adopting them 3. The new candidates are updated with the next pick.
-        """
-        places = [before._positions.get(server) for server in self.candidates]
-        new = {position for position, place in enumerate(places) if place is None}
-        if not before._known or 2 * len(new) > len(places):
-            return
-        before.follow()
-        for name in _PER_CANDIDATE:
-            old = getattr(before, name)
-            figures = zip(places, getattr(self, name), strict=True)
-            setattr(self, name, [own if at is None else old[at] for at, own in figures])
-        for name in _OF_ALL:
-            setattr(self, name, getattr(before, name))
-        self.credited = before.credited & before.everyone & self.everyone
-        suspects = {before.candidates[position] for position in before._suspects}
-        self.unmeasured = new
-        self._suspects = new | {self._positions[s] for s in suspects if s in self._positions}
-        self.fresh_until = -math.inf if self._suspects else before.fresh_until
-        self._known = True
-        self._turn_of %= len(places)
-        self.least_room, self._load_total = min(self._rooms), sum(self._loads)
-        if self._order is not None:
-            self._order.rebuild(self.bases)
 
     def refresh_soon(self, estimate: ServerEstimate) -> None:
         """Update the server's terms with the next pick: it has failed a request."""
@@ -333,7 +267,7 @@ class ScoreCache:
             even = self._load_total / len(self._loads) * server.weighted_capacity
             waste_load = min(load, max(even, MAX_WASTE_LOAD))
         base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
-        if self._ring and server.in_flight >= server.cap:  # `at_cap`, inlined
+        if self.is_large and server.in_flight >= server.cap:  # `at_cap`, inlined
             base = math.inf  # see `Policy.skips_full`
         self.bases[position] = factor * base
         if self._order is not None:
@@ -452,149 +386,6 @@ class ScoreCache:
                 found[position] += factors[position] * WAIT_PENALTY
         return found
 
-    def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
-        """The penalty for the uncached tokens beyond the room of a server, in requests."""
-        bit = self.estimates[position].bit
-        cached = next((cached for cached, bits in levels if bits & bit), 0.0)
-        return self._excess_beyond(position, tokens - cached)
-
-    def _excess_beyond(self, position: int, uncached: float) -> float:
-        over = max(0.0, uncached - self._rooms[position])
-        return over * KV_PENALTY / ((1.0 - KV_ROOM) * self.kv_tokens[position])
-
-    # -- large fleets -----------------------------------------------------------------------------
-
-    def lowest_of_few(
-        self,
-        levels: list[tuple[float, int]],
-        bonus: int,
-        prompt: tuple[float, float, float, float],
-        draw: float,
-        waits: int = 0,
-    ) -> list[int]:
-        """The positions with the lowest score among the servers that have a chance.
-
-        These are the ones with the lowest base scores, those with blocks of the prompt, and the
-        affinity server: the others would need more requests, and compute as much. `prompt` has the
-        tokens of the prompt and the arguments of `with_prompt`; `draw` is a random number in
-        [0, 1); `waits` as for `with_waits`.
-        """
-        order = self._order
-        assert order is not None
-        tokens, uncached, turns, delay = prompt
-        if not (levels or bonus or waits or uncached) and tokens <= self.least_room:
-            return self._lowest_base(order.lowest(SHORTLIST), draw)
-        front = order.lowest(SEARCHED)
-        chosen = front[:SHORTLIST]
-        if waits:
-            free = self._some_of(self.everyone & ~waits, front, draw)
-            chosen = list(dict.fromkeys((*chosen, *free)))
-        cached: dict[int, float] = {}
-        best = 0.0
-        if levels:
-            cached = self._cached_at(levels, front, draw)
-            best = max(cached.values(), default=0.0)
-            chosen = list(dict.fromkeys((*chosen, *cached)))
-        at_home = self._position_of_bit[bonus] if bonus else -1
-        if bonus and at_home not in chosen:
-            chosen.append(at_home)
-        bases, growths, have = self.bases, self._growths, cached.get
-        lost, late = turns * uncached, DELAYED * uncached * delay if turns else 0.0
-        overflows, arrivals = self._overflows, self._arrivals
-        # One pass over the chosen, with the terms that this prompt and these servers have.
-        if uncached and self._prompt_growth:
-            prompt_growths = self._prompt_growths
-            scores = [
-                bases[at]
-                + (best - have(at, 0.0)) * growths[at]
-                + uncached * prompt_growths[at]
-                + lost * overflows[at]
-                + late * arrivals[at]
-                for at in chosen
-            ]
-        elif lost and self._overflow_seen:
-            scores = [
-                bases[at]
-                + (best - have(at, 0.0)) * growths[at]
-                + lost * overflows[at]
-                + late * arrivals[at]
-                for at in chosen
-            ]
-        elif late:
-            scores = [
-                bases[at] + (best - have(at, 0.0)) * growths[at] + late * arrivals[at]
-                for at in chosen
-            ]
-        elif best:
-            scores = [bases[at] + (best - have(at, 0.0)) * growths[at] for at in chosen]
-        else:
-            scores = [bases[at] for at in chosen]
-        if bonus:
-            scores[chosen.index(at_home)] -= self.factors[at_home] * AFFINITY_BONUS
-        if tokens > self.least_room:
-            for number, position in enumerate(chosen):
-                if tokens > self._rooms[position]:
-                    excess = self._excess_beyond(position, tokens - cached.get(position, 0.0))
-                    scores[number] += self.factors[position] * excess
-        if waits:
-            for number, position in enumerate(chosen):
-                if self._bits[position] & waits:
-                    scores[number] += self.factors[position] * WAIT_PENALTY
-        lowest = min(scores)
-        if scores.count(lowest) == 1:
-            return [chosen[scores.index(lowest)]]
-        return [at for at, score in zip(chosen, scores, strict=True) if score == lowest]
-
-    def _lowest_base(self, front: list[int], draw: float) -> list[int]:
-        """One of these positions with the lowest base score, by chance; they are in order."""
-        bases = self.bases
-        lowest, one = bases[front[0]], front[int(draw * len(front))]
-        if bases[one] == lowest:
-            return [one]
-        return [position for position in front if bases[position] == lowest]
-
-    def _cached_at(
-        self, levels: list[tuple[float, int]], front: list[int], draw: float
-    ) -> dict[int, float]:
-        """Cached tokens by position, for some servers of each level.
-
-        `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,
-        servers with much more load than the mean do not count.
-        """
-        loads, servers = self._loads, self.candidates
-        mean = self._load_total / len(loads)
-        # No server with a load up to `usual` is overloaded, nor one up to `hot` with no queue.
-        usual, hot = FULL_SHARE * mean, HOT_SHARE * mean + HOT_MARGIN
-        cached: dict[int, float] = {}
-        for tokens, bits in levels:
-            for position in self._some_of(bits, front, draw):
-                if position in cached:
-                    continue
-                load = loads[position]
-                if (
-                    load <= usual
-                    or (load <= hot and servers[position].load_estimate.waiting < 1.0)
-                    or not self._is_overloaded(position, mean)
-                ):
-                    cached[position] = tokens
-        return cached
-
-    def _some_of(self, bits: int, front: list[int], draw: float) -> list[int]:
-        """Positions of some of these servers, of all if they are few.
-
-        HOLDERS with the lowest base scores; if few are in front, some of the others, by chance.
-        """
-        if bits.bit_count() <= HOLDERS:
-            return self._all_of(bits)
-        bit_of = self._bits
-        found = [position for position in front[:SHORTLIST] if bit_of[position] & bits]
-        if len(found) < HOLDERS:
-            found += [position for position in front[SHORTLIST:] if bit_of[position] & bits]
-        if len(found) >= HOLDERS:
-            return found[:HOLDERS]
-        shift = int(draw * bits.bit_length())
-        return found + self._first_of(bits >> shift << shift or bits)
-
     def _all_of(self, bits: int) -> list[int]:
         """Positions of these servers; from the highest bit on, which is found at once."""
         position_at, bit_of = self._position_at, self._bits
@@ -605,27 +396,19 @@ class ScoreCache:
             bits ^= bit_of[position]
         return found
 
-    def _first_of(self, bits: int) -> list[int]:
-        """Positions of the HOLDERS servers with the lowest bits, of all if they are fewer."""
-        position_at, below = self._position_at, 0
-        found: list[int] = []
-        if bits > FEW_BITS:
-            # Of a thousand bits some near ones suffice, and small numbers are computed faster.
-            below = (bits & -bits).bit_length() - 1
-            near = bits >> below & FEW_BITS
-            if near.bit_count() < HOLDERS:
-                below = 0
-            else:
-                bits = near
-        while bits and len(found) < HOLDERS:
-            bit = bits & -bits
-            bits ^= bit
-            found.append(position_at[below + bit.bit_length()])
-        return found
+    def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
+        """The penalty for the uncached tokens beyond the room of a server, in requests."""
+        bit = self.estimates[position].bit
+        cached = next((cached for cached, bits in levels if bits & bit), 0.0)
+        return self._excess_beyond(position, tokens - cached)
+
+    def _excess_beyond(self, position: int, uncached: float) -> float:
+        over = max(0.0, uncached - self._rooms[position])
+        return over * KV_PENALTY / ((1.0 - KV_ROOM) * self.kv_tokens[position])
 
     # -- for explanations -------------------------------------------------------------------------
 
-    def frozen(self) -> ScoreCache:
+    def frozen(self) -> Self:
         """A copy for `pressure` and `prompt_terms` whose figures do not change."""
         one = copy.copy(self)
         for figures in _EXPLAINED:
@@ -668,30 +451,3 @@ class ScoreCache:
         ):
             return False
         return load * server.weighted_capacity > HOT_REQUESTS
-
-    def affinity_of(self, key: int) -> ServerEstimate:
-        """The key's server by weighted rendezvous hashing. Cached: it costs 0.6 µs per server.
-
-        In a large fleet, only the RING servers that follow the key in the order of their seeds
-        take part: another server's coming or going moves few keys there, too.
-        """
-        affinity = self._affinities.get(key)
-        if affinity is None:
-            if len(self._affinities) >= MAX_AFFINITIES:
-                self._affinities.clear()
-            affinity = self._affinities[key] = min(
-                self._contenders(key),
-                key=lambda estimate: (
-                    -math.log(draw(key, estimate.seed)) / estimate.server.key_share
-                ),
-            )
-        return affinity
-
-    def _contenders(self, key: int) -> list[ServerEstimate]:
-        ring = self._ring
-        if not ring:
-            return self.estimates
-        begin = bisect_left(ring, (key, 0))
-        around = ring[begin : begin + RING]
-        around += ring[: RING - len(around)]
-        return [self.estimates[self._position_of_bit[bit]] for _, bit in around]

@@ -19,11 +19,11 @@ from vllm_router.routing.adapters import (
     SwapCost,
     with_adapters,
 )
+from vllm_router.routing.large_score_cache import LARGE
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import Adaptive
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.routing.score_cache import LARGE
 from vllm_router.routing.server_estimate import ServerEstimate
 from vllm_router.routing.working_sets import MAX_CONVERSATIONS, WorkingSets, overflow
 

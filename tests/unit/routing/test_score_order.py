@@ -15,18 +15,17 @@ from support.fleet_makers import gauges, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import ChangeLog, Lease, Server
 from vllm_router.routing.adapters import WAIT_PENALTY
-from vllm_router.routing.policies import PolicySettings
-from vllm_router.routing.policies.adaptive import REFRESH, REFRESHED_AT_ONCE, Adaptive
-from vllm_router.routing.prompt.routing_info import EXPLAIN, RoutingInfo, read_at_once
-from vllm_router.routing.score_cache import (
-    AFFINITY_BONUS,
-    DELAYED,
+from vllm_router.routing.large_score_cache import (
     HOLDERS,
     LARGE,
     SEARCHED,
     SHORTLIST,
-    ScoreCache,
+    LargeScoreCache,
 )
+from vllm_router.routing.policies import PolicySettings
+from vllm_router.routing.policies.adaptive import REFRESH, REFRESHED_AT_ONCE, Adaptive
+from vllm_router.routing.prompt.routing_info import EXPLAIN, RoutingInfo, read_at_once
+from vllm_router.routing.score_cache import AFFINITY_BONUS, DELAYED, ScoreCache
 from vllm_router.routing.score_order import ScoreOrder
 
 NOW = 1000.0
@@ -228,7 +227,7 @@ def test_adaptive_among_many_affinity_server_is_stable():
         servers = list(fleet.servers.values())
         candidates = tuple(servers[::-1] if reverse else servers)
         cache = policy._cache(candidates, "m", NOW)
-        return [cache.affinity_of(key).server.name for key in keys]
+        return [cache.affinity.of(key).server.name for key in keys]
 
     whole = homes(large_fleet(200))
     assert homes(large_fleet(200), reverse=True) == whole
@@ -245,7 +244,7 @@ class Figures:
         self.__dict__.update(figures)
 
 
-def plain_some_of(cache: ScoreCache, bits: int, draw: float) -> list[int]:
+def plain_some_of(cache: LargeScoreCache, bits: int, draw: float) -> list[int]:
     """`_some_of` in the plainest way: bit by bit."""
     assert cache._order is not None
     numbers = [n for n in range(bits.bit_length()) if bits >> n & 1]
@@ -262,7 +261,7 @@ def plain_some_of(cache: ScoreCache, bits: int, draw: float) -> list[int]:
 
 
 def plain_lowest(
-    cache: ScoreCache,
+    cache: LargeScoreCache,
     levels: list[tuple[float, int]],
     bonus: int,
     prompt: tuple[float, float, float, float],
@@ -317,7 +316,7 @@ def test_adaptive_among_many_few_are_scored_as_all_are(seed, waste, sparse, data
         Figures(bit=1 << n, seed=rng.getrandbits(64), server=server, adapters=None)
         for n, server in enumerate(candidates)
     ]
-    cache = ScoreCache(cast("Any", candidates), cast("Any", estimates), PolicySettings())
+    cache = LargeScoreCache(cast("Any", candidates), cast("Any", estimates), PolicySettings())
     cache._prompt_growth = 0.5 * waste
     few = [0.0, 0.25, 1.0, 3.0]
     for figures in (cache.bases, cache._growths, cache._overflows, cache._arrivals, cache._loads):

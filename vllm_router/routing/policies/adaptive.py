@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_router.routing.adapters import AdapterServers, SwapCost, with_adapters
 from vllm_router.routing.hashing import seed_of
+from vllm_router.routing.large_score_cache import LARGE, LargeScoreCache
 from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
 from vllm_router.routing.prefix.index import PrefixIndex
 from vllm_router.routing.prompt.blocks import BLOCK_ENDS, blocks_in
-from vllm_router.routing.score_cache import LARGE, MAX_WASTE_LOAD, QUEUED_WEIGHT, ScoreCache
+from vllm_router.routing.score_cache import MAX_WASTE_LOAD, QUEUED_WEIGHT, ScoreCache
 from vllm_router.routing.score_parts import Asked, Parts, ScoreTable
 from vllm_router.routing.server_estimate import (
     ERROR_PENALTY,
@@ -104,7 +105,7 @@ class Adaptive(Policy):
 
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         cache = self._cache(candidates, info.model, now)
-        if cache.is_large:
+        if isinstance(cache, LargeScoreCache):
             return self._pick_of_many(cache, info)
         scores = cache.bases
         hashes = info.prompt.block_hashes
@@ -119,7 +120,7 @@ class Adaptive(Policy):
         best = [server for server, score in zip(candidates, scores, strict=True) if score == lowest]
         return self.rng.choice(best), matches
 
-    def _pick_of_many(self, cache: ScoreCache, info: RoutingInfo) -> Choice:
+    def _pick_of_many(self, cache: LargeScoreCache, info: RoutingInfo) -> Choice:
         """As `pick`, but only the candidates with a chance are scored."""
         hashes = info.prompt.block_hashes
         matches: Matches | None = None
@@ -236,9 +237,9 @@ class Adaptive(Policy):
         found: list[tuple[float, int]] = []
         if known <= shared:
             if info.session is not None:
-                server = cache.affinity_of(seed_of(info.session))
+                server = cache.affinity.of(seed_of(info.session))
             else:
-                server = cache.affinity_of(prompt.conversation)
+                server = cache.affinity.of(prompt.conversation)
             if prompt.earlier:
                 found.append((prompt.earlier * per_byte, server.bit))
             elif (
@@ -248,7 +249,7 @@ class Adaptive(Policy):
                 bonus = server.bit
         blocks = blocks_in(prompt.shared)
         if shared >= MIN_AFFINITY_TOKENS and blocks:
-            found.append((shared, cache.affinity_of(prompt.block_hashes[blocks - 1]).bit))
+            found.append((shared, cache.affinity.of(prompt.block_hashes[blocks - 1]).bit))
         levels += [credit for credit in found if credit[1] & cache.credited]
         levels.sort(reverse=True)
         return bonus
@@ -259,10 +260,11 @@ class Adaptive(Policy):
         cache = self._caches.get(model)
         if cache is None or cache.candidates is not candidates:
             estimates = [self._estimate(server) for server in candidates]
-            cache = ScoreCache(candidates, estimates, self.settings)
+            before = cache
+            kind = LargeScoreCache if len(candidates) >= LARGE else ScoreCache
+            cache = kind(candidates, estimates, self.settings)
             cache.is_adapter = any(model in server.catalog.adapters for server in candidates)
-            before = self._caches.get(model)
-            if before is not None and before.is_large and cache.is_large:
+            if isinstance(cache, LargeScoreCache) and isinstance(before, LargeScoreCache):
                 cache.adopt(before)
             if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
