@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_PREFIX = "vllm_router_"
 
 
 class Kind(enum.StrEnum):
@@ -45,6 +47,21 @@ class Family:
 
     def histogram(self, *values: str) -> Histogram:
         return Histogram(self, values)
+
+
+def counter(name: str, text: str, *labels: str) -> Family:
+    """A counter of the router; `name` is without the router's prefix and `_total`."""
+    return Family(f"{_PREFIX}{name}_total", Kind.COUNTER, text, labels)
+
+
+def gauge(name: str, text: str, *labels: str) -> Family:
+    """A gauge of the router; `name` is without the router's prefix."""
+    return Family(f"{_PREFIX}{name}", Kind.GAUGE, text, labels)
+
+
+def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Family:
+    """A histogram of the router; `name` is without the router's prefix."""
+    return Family(f"{_PREFIX}{name}", Kind.HISTOGRAM, text, labels, tuple(buckets))
 
 
 def escape(value: str) -> str:

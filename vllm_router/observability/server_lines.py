@@ -8,14 +8,14 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
 from vllm_router.observability.demand import ModelDemand
-from vllm_router.observability.metric_families import (
+from vllm_router.observability.model_rows import ModelCount
+from vllm_router.observability.prometheus_text import Family
+from vllm_router.observability.server_families import (
     PREFIX_COUNTERS,
     SERVER_GAUGES,
     SERVER_INFO,
     SERVER_STATE,
 )
-from vllm_router.observability.model_rows import ModelCount
-from vllm_router.observability.prometheus_text import Family
 from vllm_router.routing.server_estimate import PrefixStatistics
 
 LINES_AT_ONCE = 500

@@ -17,8 +17,9 @@ from support.web_harness import TOML, Lab
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.state import State
 from vllm_router.observability import metrics as metrics_module
-from vllm_router.observability.metric_families import FAMILIES, FIRST_TOKEN
-from vllm_router.observability.metrics import MAX_MODELS
+from vllm_router.observability.counted_families import FIRST_TOKEN
+from vllm_router.observability.exchange_counts import MAX_MODELS
+from vllm_router.observability.metric_families import FAMILIES
 from vllm_router.observability.prometheus_text import Counter, Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
 from vllm_router.proxy.record import Phase

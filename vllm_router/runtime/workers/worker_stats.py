@@ -8,8 +8,8 @@ from collections.abc import Callable
 import trio
 
 from vllm_router.fleet.server import Server
-from vllm_router.observability.metric_families import ROUTER_METRICS, SUMMED
 from vllm_router.observability.process import cpu_seconds, rss_bytes
+from vllm_router.observability.router_families import ROUTER_METRICS, SUMMED
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, LAG, MEMORY
 from vllm_router.observability.slices import each, in_turns
 from vllm_router.routing.server_estimate import PrefixStatistics
