@@ -6,7 +6,7 @@ DECIDING = (
     "vllm_router/proxy/failures.py",
     "vllm_router/proxy/exchange.py",
     "vllm_router/proxy/candidates.py",
-    "vllm_router/proxy/attempts.py",
+    "vllm_router/proxy/attempt_history.py",
     "vllm_router/proxy/attempt.py",
     "vllm_router/proxy/deadline.py",
     "vllm_router/proxy/hold.py",

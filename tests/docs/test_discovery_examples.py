@@ -18,8 +18,8 @@ from vllm_router.config.discovery import DnsSource, FileSource
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Config
 from vllm_router.discovery.dns_lookup import lookup_of
+from vllm_router.discovery.dns_source import targets_of
 from vllm_router.discovery.file_sd import read_json
-from vllm_router.discovery.names import targets_of
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "discovery"
 

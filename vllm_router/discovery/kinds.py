@@ -16,17 +16,17 @@ def make_source(config: SourceConfig) -> Source:
     """The source for a table of `[discovery]`."""
     match config:
         case FileSource():
-            from vllm_router.discovery.files import Files
+            from vllm_router.discovery.file_source import Files
 
             return Files(config)
         case HttpSource():
-            from vllm_router.discovery.web_document import WebDocument
+            from vllm_router.discovery.http_source import WebDocument
 
             return WebDocument(config)
         case DnsSource():
-            from vllm_router.discovery.names import Names
+            from vllm_router.discovery.dns_source import DnsNames
 
-            return Names(config)
+            return DnsNames(config)
         case KubernetesSource():
             from vllm_router.discovery.kubernetes.source import Kubernetes
 

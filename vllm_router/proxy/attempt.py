@@ -32,7 +32,7 @@ from vllm_router.proxy.answers.faults import message_of
 from vllm_router.proxy.answers.opening import PROVEN, UNJUDGED, Opening, Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.answers.usage import Usage
-from vllm_router.proxy.attempts import Attempts, Doubtful
+from vllm_router.proxy.attempt_history import AttemptHistory, Doubtful
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.deadline import Deadline
 from vllm_router.proxy.dialect import error_event
@@ -127,7 +127,7 @@ class Attempt:
     def __init__(
         self,
         context: ProxyContext,
-        attempts: Attempts,
+        attempts: AttemptHistory,
         downstream: Downstream,
         lease: Lease,
         trace_field: bytes,

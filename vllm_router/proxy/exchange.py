@@ -26,7 +26,7 @@ from vllm_router.http.asgi_types import (
 )
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.attempt import Attempt, AttemptResult, late_text, report_late
-from vllm_router.proxy.attempts import Attempts, Doubtful
+from vllm_router.proxy.attempt_history import AttemptHistory, Doubtful
 from vllm_router.proxy.body import BodyShare, read_body
 from vllm_router.proxy.candidates import SHOWN_MODEL, Candidates
 from vllm_router.proxy.client_head import ClientHead
@@ -82,7 +82,7 @@ class Exchange:
     )
 
     request: Request
-    _attempts: Attempts
+    _attempts: AttemptHistory
 
     def __init__(self, context: ProxyContext, scope: Scope, receive: Receive, send: Send) -> None:
         self._context = context
@@ -211,7 +211,7 @@ class Exchange:
             body = await read_body(downstream.receive, context.max_body, share, timeout)
         request = self.request = self._make_request(body)
         candidates = Candidates(context, request, record, key)
-        self._attempts = attempts = Attempts(context, request, record, candidates)
+        self._attempts = attempts = AttemptHistory(context, request, record, candidates)
         if request.info is UNREAD:
             await self._read_in_slices(request)
         total = context.settings.total_timeout
@@ -291,7 +291,7 @@ class Exchange:
                 f"This key is limited to some models, so forms must be plain, but {oddity}.",
             )
 
-    def _apply_client_timeout(self, attempts: Attempts) -> None:
+    def _apply_client_timeout(self, attempts: AttemptHistory) -> None:
         """Apply the client's `X-Request-Timeout`. Raises Refused if it is invalid or over."""
         given = self._head.fields.get(b"x-request-timeout")
         if given is None:

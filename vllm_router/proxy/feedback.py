@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.proxy.attempt import AttemptResult
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt_history import AttemptHistory
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.quarantine import fingerprint
 from vllm_router.proxy.record import WAIT
@@ -25,7 +25,7 @@ from vllm_router.routing.policies import Policy
 
 def report_attempt(
     context: ProxyContext,
-    attempts: Attempts,
+    attempts: AttemptHistory,
     policy: Policy,
     lease: Lease,
     result: AttemptResult | None,
@@ -63,7 +63,7 @@ def _counts(outcome: Outcome, lease: Lease) -> bool:
 
 
 def _report_failure(
-    context: ProxyContext, attempts: Attempts, lease: Lease, result: AttemptResult
+    context: ProxyContext, attempts: AttemptHistory, lease: Lease, result: AttemptResult
 ) -> None:
     """Report an outcome other than ANSWERED to the server's health."""
     outcome, server, fleet = result.outcome, lease.server, context.fleet
@@ -105,7 +105,7 @@ def _report_failure(
 
 
 def _report_answer(
-    context: ProxyContext, attempts: Attempts, lease: Lease, *, rejected: bool
+    context: ProxyContext, attempts: AttemptHistory, lease: Lease, *, rejected: bool
 ) -> None:
     """The server has answered; `rejected` if with an error of the client's."""
     record, server, fleet, now = attempts.record, lease.server, context.fleet, lease.last_byte_at
@@ -134,7 +134,7 @@ def _report_answer(
 
 
 def _note_failure(
-    context: ProxyContext, attempts: Attempts, server: Server, outcome: Outcome
+    context: ProxyContext, attempts: AttemptHistory, server: Server, outcome: Outcome
 ) -> None:
     """Remember a failure as evidence for requests that fail at the same time."""
     key = None
@@ -144,7 +144,7 @@ def _note_failure(
     context.failures.note(server, key, context.now(), deadly=outcome in DEADLY)
 
 
-def _report_wait(context: ProxyContext, attempts: Attempts, lease: Lease, now: float) -> None:
+def _report_wait(context: ProxyContext, attempts: AttemptHistory, lease: Lease, now: float) -> None:
     """The client has left, or its time is over, before the first byte of an answer."""
     record, server, waited = attempts.record, lease.server, now - lease.taken_at
     if record.phase is not WAIT or context.stopping:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Server
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt_history import AttemptHistory
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.routing.policies import Policy
 from vllm_router.routing.prompt.routing_info import RoutingInfo
@@ -21,7 +21,7 @@ class ExchangeTicket:
 
     __slots__ = ("_attempts", "_head")
 
-    def __init__(self, attempts: Attempts, head: ClientHead) -> None:
+    def __init__(self, attempts: AttemptHistory, head: ClientHead) -> None:
         self._attempts = attempts
         self._head = head
 

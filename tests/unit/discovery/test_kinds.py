@@ -12,11 +12,11 @@ from vllm_router.config.discovery import (
     SourceConfig,
 )
 from vllm_router.config.parser import parse
-from vllm_router.discovery.files import Files
+from vllm_router.discovery.dns_source import DnsNames
+from vllm_router.discovery.file_source import Files
+from vllm_router.discovery.http_source import WebDocument
 from vllm_router.discovery.kinds import kind_and_place, make_source
 from vllm_router.discovery.kubernetes.source import Kubernetes
-from vllm_router.discovery.names import Names
-from vllm_router.discovery.web_document import WebDocument
 from vllm_router.errors import ConfigError
 
 
@@ -29,7 +29,11 @@ from vllm_router.errors import ConfigError
             WebDocument,
             ("http", "http://cmdb.test/servers"),
         ),
-        (DnsSource(name="d", domain="gpu.test", type="A", port=80), Names, ("dns", "gpu.test A")),
+        (
+            DnsSource(name="d", domain="gpu.test", type="A", port=80),
+            DnsNames,
+            ("dns", "gpu.test A"),
+        ),
         (
             KubernetesSource(name="k", url="https://api", namespace="llm", selector="app=vllm"),
             Kubernetes,

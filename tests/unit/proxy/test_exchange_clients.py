@@ -29,7 +29,7 @@ from support.scripted_server import (
 from vllm_router.fleet.server import Lease
 from vllm_router.http.client.pool import Pool
 from vllm_router.proxy.attempt import Attempt, AttemptResult
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt_history import AttemptHistory
 from vllm_router.proxy.candidates import Candidates
 from vllm_router.proxy.deadline import Deadline
 from vllm_router.proxy.downstream import DirectDownstream
@@ -433,6 +433,6 @@ async def test_exchange_ends_without_garbage_for_the_collector(autojump_clock):
             gc.enable()
             gc.garbage.clear()
         assert not left & {
-            *(Attempt, AttemptResult, Attempts, Candidates, Deadline, DirectDownstream),
+            *(Attempt, AttemptResult, AttemptHistory, Candidates, Deadline, DirectDownstream),
             *(Exchange, Lease, Record, Request, ServerResponse),
         }

@@ -18,7 +18,7 @@ from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import Talk, answering, ok, silent
 from vllm_router.errors import Refused
 from vllm_router.proxy.attempt import Attempt
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt_history import AttemptHistory
 from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.request import Request
 from vllm_router.proxy.waiter import Waiter
@@ -111,4 +111,4 @@ async def test_refused_request_leaves_no_garbage(autojump_clock, before, action,
         for client in others:
             client.leave()
         await rig.settled()
-        assert not left & {Attempt, Attempts, Exchange, Refused, Request, Waiter}
+        assert not left & {Attempt, AttemptHistory, Exchange, Refused, Request, Waiter}

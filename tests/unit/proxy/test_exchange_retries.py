@@ -24,7 +24,7 @@ from support.scripted_server import (
     silent,
     sse_head,
 )
-from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.attempt_history import AttemptHistory
 from vllm_router.proxy.failures import RECENT, SAME_MOMENT, End, Failures
 from vllm_router.proxy.retry import Outcome
 
@@ -330,7 +330,7 @@ async def test_silent_attempt_that_cannot_go_elsewhere_stays(autojump_clock, mon
         if why == "no budget":
             rig.context.budget.owed = rig.context.budget.depth
         elif why == "broke two":
-            monkeypatch.setattr(Attempts, "_broken", lambda _: tuple(rig.servers))
+            monkeypatch.setattr(AttemptHistory, "_broken", lambda _: tuple(rig.servers))
         elif why == "ejected":
             eject(other, now)
         elif why == "silent":

@@ -19,8 +19,8 @@ from vllm_router.config.discovery import HttpSource
 from vllm_router.config.parser import parse
 from vllm_router.config.types import Secret
 from vllm_router.discovery.file_sd import MAX_BYTES
+from vllm_router.discovery.http_source import WebDocument
 from vllm_router.discovery.source import Again
-from vllm_router.discovery.web_document import WebDocument
 from vllm_router.errors import ConfigError
 
 URL = "http://sd.test/targets?team=ml"

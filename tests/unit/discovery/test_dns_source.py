@@ -20,7 +20,7 @@ from vllm_router.discovery import dns_lookup
 from vllm_router.discovery.dns_hosts import MOST_AT_ONCE, with_addresses
 from vllm_router.discovery.dns_lookup import lookup_of
 from vllm_router.discovery.dns_records import Answer, Record
-from vllm_router.discovery.names import Names, targets_of
+from vllm_router.discovery.dns_source import DnsNames, targets_of
 from vllm_router.discovery.source import Again
 from vllm_router.discovery.web_client import NoAnswer
 from vllm_router.errors import ConfigError
@@ -55,7 +55,7 @@ class FakeDns:
 async def following(fake: FakeDns, **options: Any) -> AsyncIterator[Notes]:
     notes = Notes()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Names(config(**options), fake).run, notes, Again())
+        nursery.start_soon(DnsNames(config(**options), fake).run, notes, Again())
         yield notes
         nursery.cancel_scope.cancel()
 
@@ -303,7 +303,7 @@ async def test_source_follows_a_name_by_its_nameserver() -> None:
     async with dns_server() as server, trio.open_nursery() as nursery:
         server.records["vllm.test.", "A"] = ["10.0.0.1"]
         notes = Notes()
-        source = Names(config(server, interval=0.05))
+        source = DnsNames(config(server, interval=0.05))
         nursery.start_soon(source.run, notes, Again())
         await notes.until(lambda it: it.sets[-1:] == [["10.0.0.1:8000"]])
         server.records["vllm.test.", "A"] = ["10.0.0.2", "10.0.0.1"]

@@ -46,7 +46,7 @@ class Doubtful(NamedTuple):
     kind: bytes
 
 
-class Attempts:
+class AttemptHistory:
     """The results of one exchange's attempts so far, as evidence about the request and the servers.
 
     `deadline` is when the whole exchange must have ended, on trio's clock. `doubted` are servers

@@ -23,7 +23,7 @@ RETRY_PAUSE = 5.0
 """Longest time in seconds until the next lookup after a failure or an empty answer."""
 
 
-class Names:
+class DnsNames:
     """Looks a name up when its records expire, at least every `interval` seconds."""
 
     def __init__(self, config: DnsSource, lookup: Lookup | None = None) -> None:

@@ -15,7 +15,7 @@ import trio
 from support.source_notes import Notes
 from vllm_router.config.discovery import FileSource
 from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, read_json, read_yaml
-from vllm_router.discovery.files import Files
+from vllm_router.discovery.file_source import Files
 from vllm_router.discovery.source import Again
 
 
