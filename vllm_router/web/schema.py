@@ -90,7 +90,7 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         _("What the policy expected it to be; null if it does not look at prompts."),
     ] = None
     requests_per_s: Annotated[float, _("Requests finished.")]
-    errors_per_s: Annotated[float, _("AttemptHistory that failed by the server's fault.")]
+    errors_per_s: Annotated[float, _("Attempts that failed by the server's fault.")]
     chunks_per_s: Annotated[float, _("Chunks of responses forwarded, about one per token.")]
     tokens_per_s: Annotated[
         float | None, _("Tokens generated, as the engine counts them, for all its clients.")

@@ -373,7 +373,7 @@ def test_simulate_new_sessions_are_admitted_in_their_order():
     firsts = {}
     for call in world.calls:
         if call.lease is not None:
-            firsts.setdefault(call.facts.session, (call.arrived, call.first_at))
+            firsts.setdefault(call.info.session, (call.arrived, call.first_at))
     admitted = sorted(firsts.values())
     assert len(admitted) > 5
     assert max(first - arrived for arrived, first in admitted) > 1.0
@@ -584,7 +584,7 @@ def test_replay_prefixes_are_cached():
 def test_replay_keeps_json_answers_unstreamed():
     lines = [log_line(1.0, b"x" * 5000, stream=False), log_line(2.0, b"y" * 5000, stream=True)]
     world = World(scene(), read_log(lines), lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
-    assert [call.facts.stream for call in world.calls] == [False, True]
+    assert [call.info.stream for call in world.calls] == [False, True]
 
 
 def test_replay_unreadable_line_is_named():

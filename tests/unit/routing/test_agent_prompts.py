@@ -114,7 +114,7 @@ def test_prompt_read_in_slices_equals_prompt_read_at_once():
     )
     args = (MESSAGES, b"application/json", body)
     at_once = read_routing_info(*args, with_prompt=True)
-    assert finish(read_in_slices(*args, with_prompt=True)).facts == at_once
+    assert finish(read_in_slices(*args, with_prompt=True)).info == at_once
 
 
 def test_prompt_results_of_tools_count_with_their_whole_text():

@@ -145,9 +145,9 @@ def test_body_reader_every_body_is_read_like_python_or_refused(body: bytes):
         assert model is not None
         assert any("\ud800" <= letter <= "\udfff" for letter in model)
         return
-    assert found.facts.model == model
+    assert found.info.model == model
     at_once = read_at_once(CHAT, JSON, body)
-    assert at_once is None or at_once == found.facts
+    assert at_once is None or at_once == found.info
     if model is not None:
         text = body if found.text is None else found.text
         edited, places = finish(replaced(text, found.places, found.name("neu/ü")))
@@ -224,7 +224,7 @@ def test_body_reader_long_body_has_facts_of_short_one(name: str, monkeypatch: py
     body = json.dumps(fields).encode()
     assert len(body) > AT_ONCE
     assert read_at_once(CHAT, JSON, body, with_prompt=True) is None
-    found = reading(body, with_prompt=True).facts
+    found = reading(body, with_prompt=True).info
     monkeypatch.setattr("vllm_router.routing.prompt.routing_info.AT_ONCE", 1 << 30)
     monkeypatch.setattr("vllm_router.routing.prompt.routing_info.in_one_slice", finish)
     assert found == read_at_once(CHAT, JSON, body, with_prompt=True)
@@ -237,7 +237,7 @@ def test_body_reader_overlong_prompt_has_size_and_block_hashes():
     longer = json.dumps(
         {"model": "m", "messages": [turn, {"role": "user", "content": "b"}]}
     ).encode()
-    first, second = (reading(one, with_prompt=True).facts.prompt for one in (body, longer))
+    first, second = (reading(one, with_prompt=True).info.prompt for one in (body, longer))
     assert 0.9 * len(body) < first.size <= len(body)
     assert first.block_hashes == second.block_hashes
     assert first.conversation == second.conversation
@@ -260,7 +260,7 @@ def test_body_reader_odd_body_has_prompt_of_plain_one():
 def test_body_reader_white_space_around_long_value_is_skipped():
     body = b" " * MB + b'{"model":' + b" " * 60_000 + b'"m"' + b"\n" * MB + b"}" + b" " * MB
     found = reading(body)
-    assert found.facts.model == "m"
+    assert found.info.model == "m"
     (place,) = found.places
     assert body[slice(*place)] == b'"m"'
     with pytest.raises(InvalidBody, match="blanks"):
@@ -293,7 +293,7 @@ def test_body_reader_body_beyond_limit_is_refused(body: bytes, message: str):
 )
 def test_body_reader_long_body_that_is_no_object_has_no_facts(body: bytes):
     """The server reports the error."""
-    assert reading(body % (b"[1,2]," * (MB // 4))).facts == RoutingInfo()
+    assert reading(body % (b"[1,2]," * (MB // 4))).info == RoutingInfo()
 
 
 def test_body_reader_alias_with_too_many_members_is_refused():

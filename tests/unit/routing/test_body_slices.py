@@ -75,7 +75,7 @@ def calls_in_slices(body: bytes, known: KnownBodies) -> tuple[list[int], Routing
         if found is not None:
             return found
         yield
-        return (yield from read_in_slices(CHAT, JSON, body, with_prompt=True, known=known)).facts
+        return (yield from read_in_slices(CHAT, JSON, body, with_prompt=True, known=known)).info
 
     steps = reading()
     before = sys.getprofile()

@@ -42,7 +42,7 @@ def read(body: bytes, known: KnownBodies | None = None) -> RoutingInfo | None:
         found = read_at_once(*about, with_prompt=True, known=known)
         if found is None:
             with suppress(InvalidBody):
-                return finish(read_in_slices(*about, with_prompt=True, known=known)).facts
+                return finish(read_in_slices(*about, with_prompt=True, known=known)).info
         return found
 
 
