@@ -90,7 +90,7 @@ class AttemptHistory:
         """A response with this status goes to the client: the body is never sent again."""
         request = self.request
         if status < 500:
-            self._context.quarantine.answered(request.target, request.body)
+            self._context.quarantine.answered(request.target, request.body, request.origin)
         # Streams may be many, with up to `max_body_mb` each.
         request.body = b""
         request.share.give_back()
@@ -152,7 +152,7 @@ class AttemptHistory:
         if len(self._broken()) >= QUARANTINE_AFTER:
             return RetryDecision.NO
         assert self.fingerprint is not None
-        self._context.quarantine.forget(self.fingerprint)
+        self._context.quarantine.forget(self.fingerprint, self.request.origin)
         return self._decide(outcome, trio.current_time())
 
     # -- what the client gets -----------------------------------------------------------------
@@ -184,7 +184,10 @@ class AttemptHistory:
     def quarantined(self, now: float) -> Refused | None:
         """The refusal of a request that servers have died of recently; None for others."""
         request, quarantine = self.request, self._context.quarantine
-        if not quarantine.entries or not quarantine.refuses(request.target, request.body, now):
+        if not quarantine.entries or not (
+            quarantine.refuses(request.target, request.body, now)
+            or (request.origin is not None and quarantine.holds(request.origin.key, now))
+        ):
             return None
         return Refused(
             502,
@@ -216,5 +219,5 @@ class AttemptHistory:
             certain = outcome is not Outcome.SERVER_ERROR and not asleep
             self._deaths = deaths = (*self._deaths, Death(server, now, certain))
             if len(deaths) >= QUARANTINE_AFTER and len(self._broken()) >= QUARANTINE_AFTER:
-                quarantine.remember(key, request.body, deaths, now)
-                quarantine.tell(request.target, request.body)
+                quarantine.remember(key, request.body, deaths, now, request.origin)
+                quarantine.tell(request.target, request.body, request.origin)

@@ -70,6 +70,7 @@ class Candidates:
         if self.falls_back and fleet.probed:
             name = self._first_available(now)
             if name is not None and fleet.names.served(name) != self._request.info.model:
+                self._request.note_origin()
                 self.ask_for(name)
         return self.untried(now)
 

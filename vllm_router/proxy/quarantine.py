@@ -49,6 +49,20 @@ def shared_digest(target: bytes, body: bytes) -> bytes:
     return digest.digest()
 
 
+class Origin(NamedTuple):
+    """Identifies a request before a fallback model was asked for: `fingerprint`, `shared_digest`.
+
+    The client repeats the request as it was.
+    """
+
+    key: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, target: bytes, body: bytes) -> Origin:
+        return cls(fingerprint(target, body), shared_digest(target, body))
+
+
 class Death(NamedTuple):
     """An attempt after which a server may be dead; `certain` if there is no other explanation."""
 
@@ -77,16 +91,27 @@ class Quarantine:
         self.known: deque[bytes | int] = deque(maxlen=KNOWN_BODIES)
         self._last_until = self._foreign_until = 0.0
 
-    def remember(self, key: int, body: bytes, deaths: Sequence[Death], now: float) -> None:
+    def remember(
+        self,
+        key: int,
+        body: bytes,
+        deaths: Sequence[Death],
+        now: float,
+        origin: Origin | None = None,
+    ) -> None:
         """Put a request into quarantine; two of its attempts ended in `deaths`."""
         if self.knows(key, body):
             return
         self._put(key, now + REMEMBERED_FOR, tuple(deaths))
+        if origin is not None:
+            self._put(origin.key, now + REMEMBERED_FOR, tuple(deaths))
 
-    def tell(self, target: bytes, body: bytes) -> None:
+    def tell(self, target: bytes, body: bytes, origin: Origin | None = None) -> None:
         """Tell other processes of a request that is in quarantine here."""
         if self.on_new is not None and fingerprint(target, body) in self.entries:
             self.on_new(shared_digest(target, body))
+            if origin is not None:
+                self.on_new(origin.digest)
 
     def take(self, digest: bytes, age: float, now: float) -> None:
         """Another process put a request into quarantine, `age` seconds ago."""
@@ -105,9 +130,12 @@ class Quarantine:
         """Whether a server has answered this request recently."""
         return body in self.known or key in self.known
 
-    def forget(self, key: int) -> None:
+    def forget(self, key: int, origin: Origin | None = None) -> None:
         """Remove a request: its deaths had another reason."""
         self.entries.pop(key, None)
+        if origin is not None:
+            self.entries.pop(origin.key, None)
+            self.entries.pop(origin.digest, None)
 
     def refuses(self, target: bytes, body: bytes, now: float) -> bool:
         """Whether this request is in quarantine, by this process or another one."""
@@ -125,13 +153,13 @@ class Quarantine:
         entry = self.entries.get(key)
         return entry is not None and now < entry[0] and all(one.happened for one in entry[1])
 
-    def answered(self, target: bytes, body: bytes) -> None:
+    def answered(self, target: bytes, body: bytes, origin: Origin | None = None) -> None:
         """A server has answered the request: remove it, and remember its body."""
         if len(body) <= KEPT_BYTES:
             self.known.append(body)
         else:
             self.known.append(fingerprint(target, body))
         if self.entries:
-            self.entries.pop(fingerprint(target, body), None)
+            self.forget(fingerprint(target, body), origin)
             if self._foreign_until:
                 self.entries.pop(shared_digest(target, body), None)

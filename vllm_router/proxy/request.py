@@ -15,6 +15,7 @@ from vllm_router.http.asgi_types import Scope
 from vllm_router.proxy.body import BodyShare
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.headers import ForwardedFields, connection_field
+from vllm_router.proxy.quarantine import Origin
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import POLICY_NAMES, Policy
 from vllm_router.routing.policy_set import PolicySet
@@ -39,7 +40,8 @@ class Request:
 
     `head` is the client's; `forwarded` and `added` are field lines, the client's and ours. `body`
     is empty once it can no longer be needed. `policy` chooses the servers. `info` are UNREAD
-    until `read` for a body that is not read at once.
+    until `read` for a body that is not read at once. `origin` identifies the request as it was
+    before a fallback model was asked for, if one was.
     """
 
     __slots__ = (
@@ -58,6 +60,7 @@ class Request:
         "headers",
         "info",
         "method",
+        "origin",
         "policy",
         "share",
         "target",
@@ -98,6 +101,7 @@ class Request:
         self.anthropic = head.anthropic
         self.added = b"%b\r\nx-request-id: %b" % (head.added, identifier)
         self.body = body
+        self.origin: Origin | None = None
         info = read_at_once(
             scope["raw_path"],
             head.content_type,
@@ -162,6 +166,11 @@ class Request:
             self._set_model(served)
         if self._wanted is None:
             self.policy = self._policies.for_model(public)
+
+    def note_origin(self) -> None:
+        """A fallback model will be asked for: remember the request as it is."""
+        if self.origin is None:
+            self.origin = Origin.of(self.target, self.body)
 
     async def make_editable(self, public: str, names: Models, turns: trio.Lock) -> None:
         """Do the slow part of `ask_for` for a body of more than EDITED_AT_ONCE bytes, in slices.

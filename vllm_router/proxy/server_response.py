@@ -118,6 +118,7 @@ class ServerResponse:
     """
 
     __slots__ = (
+        "_is_result",
         "api",
         "connection",
         "deadline",
@@ -152,7 +153,8 @@ class ServerResponse:
         self.usage: Usage | None = None
         self.tail: StreamTail | PlainTail | None = None
         self.api = client_head.api
-        self.judged = head.judgeable and client_head.pure and raw_head.status < 300
+        self._is_result = client_head.pure and raw_head.status < 300
+        self.judged = self._is_result and head.judgeable
 
     def received(self) -> float:
         """Note that bytes have just come from the server. Returns the time."""
@@ -170,6 +172,8 @@ class ServerResponse:
     def judge_whole(self) -> None:
         """Judge the complete plain body in `held`. Silence has an empty transcription."""
         if not self.judged:
+            if self._is_result and not (self.held or self.head.is_page):
+                self.verdict = Verdict.EMPTY  # compressed, even nothing takes some bytes
             return
         if self.head.is_json or self.api is not Api.OTHER:
             self.verdict, self.usage = read_whole(self.api, self.held)
@@ -182,5 +186,5 @@ class ServerResponse:
         if head.is_stream and head.readable:
             self.tail = StreamTail()
         elif not self.connection.complete:
-            until_close = raw.content_length is None and not raw.chunked
-            self.tail = PlainTail(json=head.is_json and head.readable, until_close=until_close)
+            has_length = raw.content_length is not None
+            self.tail = PlainTail(json=head.is_json and head.readable, has_length=has_length)

@@ -17,13 +17,15 @@ from vllm_router.proxy.answers.stored import response_id
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.request import Request
+from vllm_router.proxy.server_response import ServerHead
 from vllm_router.routing.owners import LONGEST_ID, Owner
 
 SHOWN_ID = 100
 """Characters of an id that are repeated to the client."""
 
-_ABSENT = (404, 405, 410)
-"""Statuses that say that a server does not have a response, or no stored responses at all."""
+_ABSENT = (400, 404, 405, 410, 422, 501)
+"""Statuses that say that a server does not have a response, or no stored responses at all, or that
+the id cannot be one of its own."""
 
 
 def note_answer(
@@ -153,12 +155,13 @@ async def _has(
     try:
         head = upstream.heads.write("GET", target, request.forwarded, request.added, 0)
         await connection.send(head, b"")
-        status = (await connection.read_head()).status
+        answer = await connection.read_head()
     except ConnectionLost:
         return None
     finally:
         # Only complete responses keep the connection.
         upstream.pool.give_back(connection, trio.current_time())
-    if status == 200:
-        return True
-    return False if status in _ABSENT else None
+    if answer.status == 200:
+        # A page, perhaps for a login, says nothing.
+        return None if ServerHead.of(answer).is_page else True
+    return False if answer.status in _ABSENT else None

@@ -71,14 +71,15 @@ class StreamTail:
 class PlainTail:
     """The state of a plain body that is too long to be held.
 
-    The brackets of JSON are counted if only the end of the connection ends the body.
+    The brackets of JSON are counted if its length was not announced. A proxy that reads up to the
+    end of a connection writes an orderly end behind half an answer.
     """
 
     __slots__ = ("_balance", "_last", "_usage")
 
-    def __init__(self, *, json: bool, until_close: bool) -> None:
+    def __init__(self, *, json: bool, has_length: bool) -> None:
         self._usage = UsageScanner() if json else None
-        self._balance = JsonBalance() if json and until_close else None
+        self._balance = None if has_length or not json else JsonBalance()
         self._last = b""
 
     def add(self, piece: bytes) -> None:

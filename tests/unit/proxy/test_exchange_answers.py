@@ -666,3 +666,33 @@ async def test_exchange_last_event_longer_than_kept_is_known_by_name(
         assert got.whole is (outcome is not Outcome.TRUNCATED)
         assert rig.recorder.last.completion_tokens == 3
         assert failures(rig) == (outcome is Outcome.TRUNCATED)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_exchange_long_json_in_chunks_must_be_whole(autojump_clock, is_whole):
+    """A proxy before the server may write the last chunk after half an answer."""
+    body = b'{"data":[' + b",".join([b'{"embedding":[1,2]}'] * 20_000) + b"]}" * is_whole
+    head = CHUNKED % (b"application/json", b"")
+    async with lab(answering(head, chunk(body), END)) as rig:
+        got = await rig.post({"model": "m"}, path="/v1/embeddings")
+        assert (got.status, got.body, got.whole) == (200, body, is_whole)
+        assert rig.recorder.outcomes == [Outcome.ANSWERED if is_whole else Outcome.TRUNCATED]
+
+
+PACKED = b"content-encoding: gzip\r\n"
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        answer(200, b"", PACKED.strip()),
+        CHUNKED % (b"application/json", PACKED) + END,
+        CHUNKED % (SSE, PACKED) + END,
+    ],
+    ids=["length", "chunks", "stream"],
+)
+async def test_exchange_compressed_200_of_no_bytes_is_retried(autojump_clock, empty):
+    async with lab(answering(empty), answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        assert (await rig.post()).body == PLAIN
+        assert rig.recorder.outcomes == [Outcome.EMPTY, Outcome.ANSWERED]

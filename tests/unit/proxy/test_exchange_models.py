@@ -9,11 +9,12 @@ import trio
 
 from support.fleet_makers import come_up, eject, make_config
 from support.proxy_harness import Rig, lab
-from support.scripted_server import DONE, answer, answering, event, ok, streaming
+from support.scripted_server import DONE, Talk, answer, answering, event, ok, streaming
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.identity import Identity
+from vllm_router.proxy.quarantine import shared_digest
 from vllm_router.proxy.refusal import names_shown
 
 GOOD = ok(b'{"model":"big"}')
@@ -277,3 +278,24 @@ def test_models_error_shortens_long_list_of_names():
     assert names_shown(["a", "b"]) == "a, b"
     assert names_shown([f"m{n}" for n in range(2000)]).endswith("m18, m19 and 1980 more")
     assert len(names_shown(["x" * 512] * 2000)) < 2200
+
+
+async def test_models_request_that_kills_servers_of_both_models_is_quarantined(autojump_clock):
+    """The client repeats the request with the name of its own model."""
+
+    async def dies(talk: Talk) -> None:
+        await talk.request()
+        await trio.sleep(1)
+
+    async with lab(dies, dies, dies, **models()) as rig:
+        shared: list[bytes] = []
+        rig.context.quarantine.on_new = shared.append
+        for name, model in (("a", "big"), ("b", "small"), ("c", "small")):
+            come_up(rig.server(name), trio.current_time(), model)
+        assert (await rig.post({"model": "safe"})).code == "server_disconnected"
+        dead = rig.requests()
+        assert (dead["a"], dead.total()) == (1, 2)
+        again = await rig.post({"model": "safe"})
+        assert (again.code, rig.requests()) == ("poison_request", dead)
+        sent = [one.body for server in rig.scripted.values() for one in server.requests]
+        assert set(shared) == {shared_digest(b"/v1/chat/completions", body) for body in sent}

@@ -357,3 +357,21 @@ async def test_previous_response_id_of_other_apis_means_nothing(autojump_clock):
         got = await rig.post({"model": "m", "previous_response_id": "resp_none"})
         assert rig.recorder.last.owner is None
         assert got[b"x-vllm-router-server"] is not None
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 410, 422, 501])
+async def test_stored_response_that_all_servers_refuse_is_not_found(autojump_clock, status):
+    """Engines answer 400 for an id that cannot be one of theirs."""
+    odd = answering(answer(status, b'{"error":{"message":"Invalid id"}}'))
+    async with lab(odd, Keeper()) as rig:
+        got = await rig.post(b"", path=f"{RESPONSES}/foo", method="GET")
+        assert (got.status, got.code) == (404, "response_not_found")
+
+
+async def test_stored_response_is_not_on_server_that_answers_with_a_page(autojump_clock):
+    page = answering(answer(200, b"<html>Sign in</html>", content_type=b"text/html"))
+    keeper = Keeper(0.1)
+    keeper.stored.add("resp_x")
+    async with lab(page, keeper) as rig:
+        got = await rig.post(b"", path=f"{RESPONSES}/resp_x", method="GET")
+        assert (got.status, got.json["id"]) == (200, "resp_x")

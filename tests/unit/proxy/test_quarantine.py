@@ -12,6 +12,7 @@ from vllm_router.proxy.quarantine import (
     MOST,
     REMEMBERED_FOR,
     Death,
+    Origin,
     Quarantine,
     fingerprint,
 )
@@ -183,3 +184,16 @@ def test_quarantine_crash_at_the_moment_of_failure_counts():
         server.checked(Check.GOOD, 0.01, 11.0)
     assert Death(server, 10.0, certain=False).happened
     assert not Death(server, 10.1, certain=False).happened
+
+
+@pytest.mark.parametrize("end", ["answered", "forgotten"])
+def test_quarantine_request_leaves_it_under_both_models(end):
+    quarantine, origin = Quarantine(), Origin.of(PATH, b'{"model":"own"}')
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0, origin)
+    assert quarantine.holds(KEY, 11.0)
+    assert quarantine.holds(origin.key, 11.0)
+    if end == "answered":
+        quarantine.answered(PATH, BODY, origin)
+    else:
+        quarantine.forget(KEY, origin)
+    assert not quarantine.entries

@@ -73,7 +73,7 @@ def test_stream_tail_last_event_of_half_a_megabyte_is_kept_whole():
 
 
 def test_json_tail_keeps_little_of_last_piece():
-    tail = PlainTail(json=False, until_close=False)
+    tail = PlainTail(json=False, has_length=True)
     for _ in range(100):
         tail.add(b"x" * 65536)
     assert len(tail.bytes) == KEPT
@@ -81,7 +81,7 @@ def test_json_tail_keeps_little_of_last_piece():
 
 @pytest.mark.parametrize("json", [True, False])
 def test_plain_tail_reads_token_counts_of_json_only(json):
-    tail = PlainTail(json=json, until_close=False)
+    tail = PlainTail(json=json, has_length=True)
     tail.add(b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}')
     assert (tail.read(Api.OTHER).usage is not None) == json
 
@@ -94,10 +94,10 @@ def test_block_start_is_behind_the_last_boundary_wherever_that_is(boundary):
 
 
 @pytest.mark.parametrize(("body", "whole"), [(b'{"a": [1, 2]}', True), (b'{"a": [1, 2]', False)])
-@pytest.mark.parametrize("until_close", [True, False])
-def test_json_tail_early_end_is_unfinished_only_until_close(body, whole, until_close):
-    tail = PlainTail(json=True, until_close=until_close)
+@pytest.mark.parametrize("has_length", [True, False])
+def test_json_tail_early_end_is_unfinished_only_without_length(body, whole, has_length):
+    tail = PlainTail(json=True, has_length=has_length)
     for byte in body:
         tail.add(bytes([byte]))
     unfinished = tail.read(Api.OTHER).verdict is Verdict.UNFINISHED
-    assert unfinished == (until_close and not whole)
+    assert unfinished == (not has_length and not whole)
