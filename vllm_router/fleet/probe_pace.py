@@ -5,7 +5,8 @@ other servers are idle. Together they are asked for each page (`/health`, `/metr
 at most `idle_probes_per_second` times a second, so their intervals grow with their number, and not
 at all in a small fleet. Servers that went down or came back a short time ago are a group of their
 own with the same rate: a few are followed closely, a thousand are not. An idle server that gets a
-request is asked at once.
+request is asked after the usual interval, if the request still runs then: thousands of short
+requests a second on a thousand servers need no scrapes, and what the router has sent it knows.
 
 Up to `busy_servers_at_full_rate` servers that matter are asked at the usual intervals. If more
 matter, their intervals grow, so that all together are asked as often as so many. Servers whose
@@ -78,12 +79,7 @@ Group = dict[Server, Callable[[], None]]
 
 
 class ProbePace:
-    """The intervals of the probes of one fleet.
-
-    At most `idle_probes_per_second` idle servers are asked at once each second because they have
-    got a request. Beyond that, a server is asked when its request has lasted `metrics_interval`:
-    thousands of short requests a second on a thousand servers need no thousands of scrapes.
-    """
+    """The intervals of the probes of one fleet."""
 
     def __init__(self) -> None:
         self._idle: Group = {}
@@ -93,9 +89,10 @@ class ProbePace:
         """Servers that matter, except doubtful ones."""
         self._doubtful: Group = {}
         self._full_rate = 1
-        self._postponed: dict[Server, tuple[float, Callable[[], None]]] = {}
+        self._chosen: dict[Server, tuple[float, Callable[[], None]]] = {}
+        """Servers that were idle and have got a request, with the times when they are asked."""
         self._rate = 1.0
-        self._patience = 0.0
+        self._usual = 0.0
         self._allowed = 0.0
         self._counted_at = 0.0
 
@@ -141,12 +138,12 @@ class ProbePace:
 
         Call after each scrape, successful or not, or when one was due that another router does
         (`spared`): it takes no place of the servers that matter. `wake` is called once if the
-        idle server gets a request, or the server fails one, and must be asked now.
+        server was idle and has a request, or fails one, and must be asked now.
         """
         self._rate = settings.idle_probes_per_second
         self._full_rate = settings.busy_servers_at_full_rate
-        self._patience = usual = settings.metrics_interval
-        self._postponed.pop(server, None)
+        self._usual = usual = settings.metrics_interval
+        self._chosen.pop(server, None)
         matter = matters(server)
         changed = not matter and changed_recently(server, now)
         doubtful = matter and is_doubtful(server)
@@ -163,26 +160,25 @@ class ProbePace:
         interval = self.interval(server, usual)
         server.on_chosen = self.chosen if interval > usual and not matter else None
         server.load_estimate.expect_scrapes(interval)
-        self._wake_postponed(now)
+        self._wake_chosen(now)
         return interval
 
     def chosen(self, server: Server, now: float) -> None:
         """An idle server has got a request."""
         server.on_chosen = None
         wake = self._idle.pop(server, None) or self._changed.pop(server, None)
-        if wake is None:
-            return
-        if self._may_wake(now):
-            wake()
-        else:
-            self._postponed[server] = (now + self._patience, wake)
+        if wake is not None:
+            self._chosen[server] = (now + self._usual, wake)
 
     def failed(self, server: Server, now: float) -> None:
-        """A request has failed on the server: ask a server that matters now, if asked seldom."""
-        if self._stretch(server) <= 1.0:
+        """A request has failed on the server: ask it now, if it is asked seldom."""
+        if server in self._chosen:
+            _, wake = self._chosen[server]
+        elif self._stretch(server) > 1.0 and (server in self._busy or server in self._doubtful):
+            wake = self._busy.get(server) or self._doubtful[server]
+        else:
             return
-        wake = self._busy.get(server) or self._doubtful.get(server)
-        if wake is not None and self._may_wake(now):
+        if self._may_wake(now):
             wake()
 
     def _may_wake(self, now: float) -> bool:
@@ -195,17 +191,17 @@ class ProbePace:
         self._allowed -= 1.0
         return True
 
-    def _wake_postponed(self, now: float) -> None:
+    def _wake_chosen(self, now: float) -> None:
         """Wake the probes of the servers whose requests have lasted; the others are idle again.
 
         Wherever intervals are stretched, a scrape of some server ends every few milliseconds.
         """
-        while self._postponed:
-            server = next(iter(self._postponed))
-            due, wake = self._postponed[server]
+        while self._chosen:
+            server = next(iter(self._chosen))
+            due, wake = self._chosen[server]
             if due > now:
                 return
-            del self._postponed[server]
+            del self._chosen[server]
             if server.in_flight:
                 wake()
             else:
@@ -219,4 +215,4 @@ class ProbePace:
         self._changed.pop(server, None)
         self._busy.pop(server, None)
         self._doubtful.pop(server, None)
-        self._postponed.pop(server, None)
+        self._chosen.pop(server, None)

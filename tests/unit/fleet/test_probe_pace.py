@@ -139,43 +139,48 @@ def test_pace_server_that_matters_is_asked_as_usual_among_many():
     assert rig.woken == [], "it is asked in half a second anyway"
 
 
-def test_pace_chosen_idle_server_is_woken_once():
+def test_pace_chosen_idle_server_is_woken_once_if_its_request_lasts():
     rig = Probed(1000)
     server = rig.servers[7]
     server.lease(LATER)
     server.lease(LATER)
-    assert rig.woken == ["s7"]
     assert rig.pace.interval(server, 2.0) == 2.0, "its health is checked as usual from now on"
+    for passed in (0.4, 0.5, 0.6):
+        rig.scraped(rig.servers[500], LATER + passed)
+        assert rig.woken == ["s7"] * (passed > 0.4)
 
 
-def test_pace_many_chosen_servers_are_woken_at_the_rate():
-    rig = Probed(1000, idle_probes_per_second=10)
-    for server in rig.servers[:200]:
-        server.lease(LATER)
-    assert len(rig.woken) == 10
-    for server in rig.servers[200:220]:
-        server.lease(LATER + 0.5)
-    assert len(rig.woken) == 15
-
-
-def test_pace_postponed_server_is_woken_if_its_request_lasts():
-    rig = Probed(1000, idle_probes_per_second=10)
-    leases = [server.lease(LATER) for server in rig.servers[:12]]
-    leases[10].release()
-    woken = rig.woken[:]
-    rig.scraped(rig.servers[500], LATER + 0.4)
-    assert rig.woken == woken
+def test_pace_chosen_server_is_idle_again_after_a_short_request():
+    rig = Probed(1000)
+    server = rig.servers[7]
+    server.lease(LATER).release()
     rig.scraped(rig.servers[500], LATER + 0.5)
-    assert rig.woken == [*woken, "s11"]
-    rig.servers[10].lease(LATER + 10)
-    assert rig.woken[-1] == "s10", "its short request over, it was idle again"
+    assert rig.woken == []
+    assert rig.pace.is_idle(server)
+    server.lease(LATER + 10)
+    rig.scraped(rig.servers[500], LATER + 10.5)
+    assert rig.woken == ["s7"]
 
 
-def test_pace_scrape_meanwhile_replaces_a_postponed_one():
-    rig = Probed(1000, idle_probes_per_second=1)
+def test_pace_chosen_server_that_fails_its_request_is_woken_at_once():
+    rig = Probed(1000, idle_probes_per_second=10)
+    for server in rig.servers[:30]:
+        lease = server.lease(LATER + 60)
+        rig.pace.failed(server, LATER + 60)
+        lease.release()
+    assert rig.woken == [f"s{n}" for n in range(10)], "at the rate"
+
+
+def test_pace_idle_server_that_fails_a_request_from_before_is_not_woken():
+    rig = Probed(1000)
+    rig.pace.failed(rig.servers[7], LATER)
+    assert rig.woken == []
+
+
+def test_pace_scrape_meanwhile_replaces_that_of_a_chosen_server():
+    rig = Probed(1000)
     for server in rig.servers[:3]:
         server.lease(LATER)
-    assert rig.woken == ["s0"]
     assert rig.scraped(rig.servers[1], LATER + 0.1) == 0.5
     rig.scraped(rig.servers[500], LATER + 1)
     assert rig.woken == ["s0", "s2"]
@@ -187,6 +192,9 @@ def test_pace_forgotten_server_is_not_counted_and_not_woken():
         rig.pace.forget(server)
     assert rig.scraped(rig.servers[0]) == 1.0
     rig.servers[150].lease(LATER)
+    rig.servers[50].lease(LATER)
+    rig.pace.forget(rig.servers[50])
+    rig.scraped(rig.servers[0], LATER + 1)
     assert rig.woken == []
 
 
