@@ -177,7 +177,7 @@ def test_pace_idle_server_that_fails_a_request_from_before_is_not_woken():
     assert rig.woken == []
 
 
-def test_pace_scrape_meanwhile_replaces_that_of_a_chosen_server():
+def test_pace_chosen_server_is_not_woken_after_a_scrape_meanwhile():
     rig = Probed(1000)
     for server in rig.servers[:3]:
         server.lease(LATER)
