@@ -18,7 +18,7 @@ REQUESTS = counter(
     "outcome",
     "status",
 )
-ATTEMPTS = counter("attempts", "AttemptHistory on servers, by outcome.", "server", "outcome")
+ATTEMPTS = counter("attempts", "Attempts on servers, by outcome.", "server", "outcome")
 RETRIES = counter(
     "retries", "Retries, by the reason for which the previous attempt failed.", "reason"
 )
