@@ -8,6 +8,7 @@ DECIDING = (
     "vllm_router/proxy/candidates.py",
     "vllm_router/proxy/attempt_history.py",
     "vllm_router/proxy/attempt.py",
+    "vllm_router/proxy/delivery.py",
     "vllm_router/proxy/deadline.py",
     "vllm_router/proxy/hold.py",
     "vllm_router/proxy/relay.py",

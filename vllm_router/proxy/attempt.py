@@ -3,7 +3,7 @@
 Every failure of the server becomes an Outcome. Until an event or a body proves that the engine has
 answered, the attempt is uncommitted: the client has no byte that matters, so that a failure can
 still be repeated elsewhere (`hold`). After that the client gets this response and no other
-(`relay`).
+(`delivery`).
 """
 
 from __future__ import annotations
@@ -22,43 +22,30 @@ from vllm_router.errors import (
     OwnFault,
     ProtocolViolation,
 )
-from vllm_router.fleet.server import Lease
-from vllm_router.http.asgi_types import Message
 from vllm_router.http.client.connection import Connection
 from vllm_router.http.io.async_socket import Interrupted
 from vllm_router.http.response_head import ResponseHead
-from vllm_router.proxy.answers.events import decode_json
-from vllm_router.proxy.answers.faults import message_of
 from vllm_router.proxy.answers.opening import PROVEN, UNJUDGED, Opening, Verdict
 from vllm_router.proxy.answers.tables import Api
-from vllm_router.proxy.answers.usage import Usage
-from vllm_router.proxy.attempt_history import AttemptHistory, Doubtful
-from vllm_router.proxy.context import ProxyContext
-from vllm_router.proxy.deadline import Deadline
-from vllm_router.proxy.dialect import error_event
+from vllm_router.proxy.attempt_history import Doubtful
+from vllm_router.proxy.delivery import Delivery, early_kind
 from vllm_router.proxy.downstream import (
-    BODY,
     EARLY_JSON,
     EARLY_STREAM,
-    LAST,
-    Downstream,
     FinalMessages,
 )
-from vllm_router.proxy.headers import parse_retry_after, sooner
+from vllm_router.proxy.headers import parse_retry_after
 from vllm_router.proxy.hold import HEAD_AFTER, HOLD_STREAM, SendEarly, hold_plain, hold_stream
-from vllm_router.proxy.record import STREAM, WAIT, Phase, Record
-from vllm_router.proxy.relay import may_add_event, note_piece, read_ending, relay
+from vllm_router.proxy.record import WAIT, Phase
 from vllm_router.proxy.retry import (
     ANSWERED,
     DOUBTFUL,
     FULL,
-    RULES,
     Outcome,
     RetryDecision,
     classify_status,
 )
 from vllm_router.proxy.server_response import ServerResponse
-from vllm_router.proxy.stored import note_answer
 
 CHECK_AFTER = 0.2
 """Seconds after an abort at which the server is checked: vLLM 0.32 stops listening 0.1 s after a
@@ -66,9 +53,6 @@ SIGTERM, and goes on listening after a request to abort or pause."""
 
 RETRIED = b": vllm-router: another server answers\n\n"
 """A comment in a stream whose head is from a server that has failed since."""
-
-TRACED = 1024
-"""Bytes of a response's end that a trace gets."""
 
 AT_ONCE = 8192
 """Bytes of a request body that go to a server in one write, without a wait."""
@@ -114,33 +98,21 @@ class AttemptResult(msgspec.Struct, gc=False):
         return self.ending is not None
 
 
-class Attempt:
-    """One try on one server, with a second connection if a kept one had been closed."""
+class Attempt(Delivery):
+    """One try on one server, with a second connection if a kept one had been closed.
+
+    This class talks to the server and decides whether its response is for the client; `Delivery`
+    sends it there.
+
+    `_fresh`: the attempt is on its second connection. `_closed_before`: the connection was closed
+    before the request was sent. `_opened`: the response began with events that prove nothing.
+    """
 
     _retry: RetryDecision | None
     _interrupted: Outcome | None
-    _fresh = _opened = _closed_before = _committed = _rejected = False
-    _ending: FinalMessages | None = None
+    _fresh = _opened = _closed_before = False
     _doubtful: Doubtful | None = None
-    response: ServerResponse | None = None
-
-    def __init__(
-        self,
-        context: ProxyContext,
-        attempts: AttemptHistory,
-        downstream: Downstream,
-        lease: Lease,
-        trace_field: bytes,
-    ) -> None:
-        """`trace_field` is a field line that only this attempt sends, or empty."""
-        self._context = context
-        self._attempts = attempts
-        self._downstream = downstream
-        self._lease = lease
-        self._trace_field = trace_field
-        self._upstream = context.upstreams[lease.server]
-        self._deadline = Deadline(attempts.deadline, context.settings.idle_timeout)
-        self._takes_over = downstream.early is not None
+    _trace_field = b""
 
     def interrupt(self, reason: str) -> bool:
         """End the attempt from outside; `reason` is the value of an Outcome. False if it goes on.
@@ -158,13 +130,16 @@ class Attempt:
         self._interrupted = outcome
         return True
 
-    async def run(self, now: float) -> AttemptResult:
+    async def run(self, now: float, trace_field: bytes = b"") -> AttemptResult:
         """Try the server. Every failure is a result; raises only if the task is cancelled.
+
+        `trace_field` is a field line that only this attempt sends, or empty.
 
         A request that may not be sent twice never uses a kept connection: if that turned out to
         be closed, the server might have received the request.
         """
         context, attempts = self._context, self._attempts
+        self._trace_field = trace_field
         lease, deadline, record = self._lease, self._deadline, attempts.record
         settings, pool = context.settings, self._upstream.pool
         replayable = settings.replay and attempts.request.info.replayable
@@ -209,10 +184,9 @@ class Attempt:
                 return AttemptResult(
                     outcome, RetryDecision.NO, True, self._ending, None, self._rejected
                 )
-            if self._decide(outcome) is not RetryDecision.SAME_SERVER:
-                return AttemptResult(
-                    outcome, self._decide(outcome), False, None, self._doubtful, self._rejected
-                )
+            retry = self._decide(outcome)
+            if retry is not RetryDecision.SAME_SERVER:
+                return AttemptResult(outcome, retry, False, None, self._doubtful, self._rejected)
             deadline.end()
             self._fresh, now = True, trio.current_time()
 
@@ -405,7 +379,7 @@ class Attempt:
             if self._attempts.request.info.stores:
                 self._note_id(response)
             self._doubtful = Doubtful(
-                self._head_for_client(response), response.held, _early_kind(response)
+                self._head_for_client(response), response.held, early_kind(response)
             )
         return outcome
 
@@ -421,155 +395,3 @@ class Attempt:
             probe.close()
             return True
         return False
-
-    # -- the client ---------------------------------------------------------------------------
-
-    async def _pass_on(self, response: ServerResponse, outcome: Outcome) -> Outcome:
-        """Commit to the response, and send it; the messages that end it are left to the caller."""
-        downstream, record = self._downstream, self._attempts.record
-        connection = response.connection
-        exhausted = connection.complete  # all that has come is in `held`
-        if response.head.is_stream or not exhausted:
-            response.make_tail()
-        start = self._commit(response, outcome, whole=exhausted)
-        if self._attempts.request.info.stores and response.raw_head.status == 200:
-            self._note_id(response)
-        early = downstream.early is not None
-        if early or not (exhausted and response.held):
-            if not early:
-                await downstream.respond(start)
-            await relay(response, downstream, record)
-            outcome, complete = self._end(response, outcome)
-            if complete:
-                self._ending = (None, LAST)
-            return outcome
-        # The whole body is here: it is sent when the lease has been released.
-        body, complete = response.held, True
-        note_piece(response, record, body)
-        if response.tail is None:
-            self._learn(response, response.usage)
-        else:
-            outcome, complete = self._end(response, outcome)
-        if complete:
-            self._ending = (start, {"type": BODY, "body": body, "more_body": False})
-        else:
-            await downstream.respond(start)
-            await downstream.write(body)
-        return outcome
-
-    def _note_id(self, response: ServerResponse) -> None:
-        """The server may have stored this response: remember where it is."""
-        head, server = response.head, self._lease.server
-        if head.readable:
-            record = self._attempts.record
-            note_answer(self._context, record, server, response.held, is_stream=head.is_stream)
-
-    def _commit(self, response: ServerResponse, outcome: Outcome, *, whole: bool) -> Message:
-        """From now on the client gets this response and no other. Returns its head."""
-        attempts, lease = self._attempts, self._lease
-        record, status = attempts.record, response.raw_head.status
-        record.first_byte_at = now = lease.last_byte_at
-        if response.head.is_stream:
-            attempts.request.policy.first_byte(lease)
-        record.phase = STREAM
-        record.status = status
-        self._committed = True
-        lease.committed = status < 400  # an error is no output of the engine
-        attempts.release_body(status)
-        if lease.trial and outcome is ANSWERED:
-            # A long stream need not end to prove that its server works. Nor may its end bring back
-            # a server that has been ejected since.
-            lease.server.answered(now, trial=True)
-            lease.trial = False
-        start = self._head_for_client(response)
-        if outcome is FULL:
-            # Another of the full servers may be free before this one.
-            fleet, model = self._context.fleet, attempts.request.info.model
-            start["headers"] = sooner(start["headers"], fleet.retry_after(model, now))
-        self._deadline.begin_stream(now, whole=whole)
-        return start
-
-    def _head_for_client(self, response: ServerResponse) -> Message:
-        """The head of the response as the client gets it."""
-        record, raw_head = self._attempts.record, response.raw_head
-        headers = response.head.for_client(
-            raw_head.content_length,
-            self._upstream.name,
-            record.attempts,
-            record.request_id,
-            anthropic=self._attempts.request.anthropic,
-        )
-        return {"type": "http.response.start", "status": raw_head.status, "headers": headers}
-
-    async def _send_early(self, response: ServerResponse, kind: bytes, data: bytes) -> None:
-        """Send bytes before the response is proven, after its head."""
-        downstream = self._downstream
-        if downstream.early is None:
-            downstream.early = kind
-            await downstream.respond(self._head_for_client(response))
-        await downstream.write(data)
-
-    def _fits_early_head(self, response: ServerResponse) -> bool:
-        """Whether the response can follow the head that the client has got already."""
-        return response.judged and _early_kind(response) == self._downstream.early
-
-    async def _answer_late(self, response: ServerResponse) -> None:
-        """The client has the head of another response: put the error's text into that one."""
-        status, record = response.raw_head.status, self._attempts.record
-        self._committed = self._rejected = True
-        record.status, record.phase = 200, STREAM
-        self._attempts.release_body(record.status)
-        text = late_text(response.held, status)
-        await report_late(self._downstream, record, "late_error", text)
-
-    # -- the end ------------------------------------------------------------------------------
-
-    def _end(self, response: ServerResponse, outcome: Outcome) -> tuple[Outcome, bool]:
-        """The outcome by the end of a relayed response, and whether the response is complete."""
-        if response.tail is None:
-            self._learn(response, response.usage)
-            return outcome, True
-        ending, outcome, complete = read_ending(response, outcome)
-        if ending.verdict is Verdict.REJECTED:
-            self._rejected = True
-        self._learn(response, ending.usage)
-        return outcome, complete
-
-    def _learn(self, response: ServerResponse, usage: Usage | None) -> None:
-        """Give the token counts to the policy, the record and the trace."""
-        attempts = self._attempts
-        record, policy = attempts.record, attempts.request.policy
-        if record.trace is not None:
-            tail = response.tail
-            record.trace.tail(response.held[-TRACED:] if tail is None else tail.bytes)
-        if usage is None or attempts.request.head.response_id is not None:
-            return  # a stored response was counted when it was made
-        if policy.needs_prompt:
-            policy.learned(self._lease, usage.prompt, usage.cached)
-        record.prompt_tokens, record.cached_tokens, record.completion_tokens = usage
-
-    async def _break_off(self, outcome: Outcome) -> None:
-        """Put the error into a stream that breaks off; the connection is cut afterwards."""
-        rule, record, downstream = RULES[outcome], self._attempts.record, self._downstream
-        record.code = rule.code
-        assert self.response is not None  # the client has a part of it
-        if not downstream.blocked and may_add_event(self.response):
-            await downstream.write(error_event(record.path, rule.code, rule.message))
-
-
-def _early_kind(response: ServerResponse) -> bytes:
-    """The kind of early head that the response can follow; empty for none."""
-    head = response.head
-    return EARLY_STREAM if head.is_stream else EARLY_JSON if head.is_json else b""
-
-
-def late_text(body: bytes, status: int) -> str:
-    """The text of a response that cannot follow the head that the client has got."""
-    return message_of(decode_json(body)) or f"The server answered {status}."
-
-
-async def report_late(downstream: Downstream, record: Record, code: str, message: str) -> None:
-    """Put an error into a response whose head the client has got early; the caller cuts it."""
-    record.code = code
-    if downstream.early == EARLY_STREAM:
-        await downstream.write(error_event(record.path, code, message))

@@ -25,12 +25,13 @@ from vllm_router.http.asgi_types import (
     Send,
 )
 from vllm_router.http.request_ids import request_id
-from vllm_router.proxy.attempt import Attempt, AttemptResult, late_text, report_late
+from vllm_router.proxy.attempt import Attempt, AttemptResult
 from vllm_router.proxy.attempt_history import AttemptHistory, Doubtful
 from vllm_router.proxy.body import BodyShare, read_body
 from vllm_router.proxy.candidates import SHOWN_MODEL, Candidates
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.context import ProxyContext, router_stopping
+from vllm_router.proxy.delivery import late_text, report_late
 from vllm_router.proxy.downstream import (
     BODY,
     AsgiDownstream,
@@ -395,8 +396,8 @@ class Exchange:
             if trace is not None:
                 parent = trace.attempt_started(lease.server, lease.taken_at)
                 field = b"\r\ntraceparent: " + parent
-            self.attempt = Attempt(context, attempts, self.downstream, lease, field)
-            result = await self.attempt.run(lease.taken_at)
+            self.attempt = Attempt(context, attempts, self.downstream, lease)
+            result = await self.attempt.run(lease.taken_at, field)
             return result
         finally:
             # Without these two the exchange would be part of a reference cycle.
