@@ -610,6 +610,14 @@ async def test_exchange_plain_client_error_of_stream_type_is_an_event(autojump_c
         assert (failures(rig, "a"), failures(rig, "b")) == (0, 0)
 
 
+async def test_exchange_plain_error_of_stream_type_has_key_that_clients_look_for(autojump_clock):
+    body = b'{"object":"error","message":"top_p is too high","code":400}'
+    async with lab(answering(answer(200, body, content_type=SSE))) as rig:
+        got = await rig.stream()
+        assert got.body == b'data: {"error": ' + body + b"}\n\n"
+        assert rig.recorder.outcomes == [Outcome.ANSWERED]
+
+
 async def test_exchange_plain_server_error_of_stream_type_is_retried(autojump_clock):
     body = b'{"error":{"message":"EngineCore died","code":500}}'
     async with lab(answering(answer(200, body, content_type=SSE)), GOOD) as rig:

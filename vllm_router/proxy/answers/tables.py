@@ -86,10 +86,15 @@ def reports_error(payload: Any) -> bool:
 
 
 def error_in_plain_json(api: Api, body: bytes) -> bytes | None:
-    """The error in a body that is one JSON object, as an event; None for any other body."""
+    """The error in a body that is one JSON object, as an event; None for any other body.
+
+    Clients look for the key `error`.
+    """
     text = body.strip()
-    if not text.startswith(b"{") or not reports_error(decode_json(text)):
+    if not text.startswith(b"{") or not reports_error(said := decode_json(text)):
         return None
+    if not said.get("error"):
+        text = b'{"error": %b}' % text
     name = b"event: error\n" if api is Api.RESPONSES or api is Api.MESSAGES else b""
     # A line end cannot stand in a string of JSON.
     return b"%bdata: %b\n\n" % (name, b" ".join(text.splitlines()))
