@@ -18,10 +18,17 @@ from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.request import Request
 from vllm_router.proxy.server_response import ServerHead
-from vllm_router.routing.owners import LONGEST_ID, Owner
+from vllm_router.routing.owners import LONGEST_ID, Owner, Owners
 
 SHOWN_ID = 100
 """Characters of an id that are repeated to the client."""
+
+ANNOUNCED_WITHIN = 1.0
+"""Seconds in which another process's note of a response arrives here: usually 0.02 from a worker,
+0.4 from a router with the same shared state."""
+
+LOOKS = 20
+"""Looks at whether it has arrived."""
 
 _ABSENT = (400, 404, 405, 410, 422, 501)
 """Statuses that say that a server does not have a response, or no stored responses at all, or that
@@ -53,8 +60,20 @@ async def find_owner(
     """
     if len(identifier) > LONGEST_ID:
         raise _not_found(identifier, "Its id is longer than any server's.", continues=continues)
-    fleet = context.fleet
-    known = context.owners.find(identifier)
+    fleet, owners = context.fleet, context.owners
+    known = owners.find(identifier)
+    if known is None and key is not None and key.models is not None:
+        known = await _announced(owners, identifier)
+        if known is None:
+            raise _not_found(identifier, "", continues=continues)
+    found: Server | None = None
+    silent: list[Server] = []
+    if known is None:
+        servers = fleet.all_servers()
+        if len(servers) == 1:
+            return servers[0]
+        found, silent = await _ask_all(context, request, identifier)
+        known = owners.find(identifier)  # another process may have announced it meanwhile
     if known is not None:
         if key is not None and not _may_use(key, known):
             raise _not_found(identifier, "", continues=continues)
@@ -63,14 +82,8 @@ async def find_owner(
                 return server
         why = "The server that had it is no longer in the fleet."
         raise _not_found(identifier, why, continues=continues)
-    if key is not None and key.models is not None:
-        raise _not_found(identifier, "", continues=continues)
-    servers = fleet.all_servers()
-    if len(servers) == 1:
-        return servers[0]
-    found, silent = await _ask_all(context, request, identifier)
     if found is not None:
-        context.owners.remember(identifier, found.url, "")
+        owners.remember(identifier, found.url, "")
         return found
     if silent:
         shown = ", ".join(server.name for server in silent[:10])
@@ -83,6 +96,18 @@ async def find_owner(
             retry_after=fleet.retry_after(None, trio.current_time()),
         )
     raise _not_found(identifier, "", continues=continues)
+
+
+async def _announced(owners: Owners, identifier: str) -> Owner | None:
+    """The owner of a response that another process has just noted; None if none announces it."""
+    if owners.on_new is None:
+        return None  # there is no other process
+    for _ in range(LOOKS):
+        known = owners.find(identifier)
+        if known is not None:
+            return known
+        await trio.sleep(ANNOUNCED_WITHIN / LOOKS)
+    return owners.find(identifier)
 
 
 def _may_use(key: KeyConfig, known: Owner) -> bool:

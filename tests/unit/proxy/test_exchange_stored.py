@@ -18,6 +18,7 @@ from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.owners import Owners
 
 RESPONSES = "/v1/responses"
 USAGE = {"input_tokens": 1, "output_tokens": 1}
@@ -375,3 +376,41 @@ async def test_stored_response_is_not_on_server_that_answers_with_a_page(autojum
     async with lab(page, keeper) as rig:
         got = await rig.post(b"", path=f"{RESPONSES}/resp_x", method="GET")
         assert (got.status, got.json["id"]) == (200, "resp_x")
+
+
+async def test_stored_response_announced_late_is_found_by_limited_key(autojump_clock):
+    """The other process that made it announces it some moments after its client has the id."""
+    limited = key_of("limited", models=("m",))
+    keepers = Keeper(), Keeper()
+    keepers[1].stored.add("resp_x")
+    async with lab(*keepers) as rig:
+        other = Owners()
+        other.on_new = rig.context.owners.take
+        rig.context.owners.on_new = other.take
+
+        async def announce() -> None:
+            await trio.sleep(0.4)
+            other.remember("resp_x", rig.server("b").url, "limited")
+
+        rig.nursery.start_soon(announce)
+        got = await call(rig, "GET", f"{RESPONSES}/resp_x", limited)
+        assert got.status == 200
+        got = await call(rig, "GET", f"{RESPONSES}/resp_y", limited)
+        assert (got.status, got.code) == (404, "response_not_found")
+        assert keepers[0].asked == []
+
+
+async def test_stored_response_announced_while_servers_are_asked_keeps_its_key(autojump_clock):
+    keepers = Keeper(1.0), Keeper(1.0)
+    keepers[1].stored.add("resp_x")
+    ann, ben = key_of("ann", models=("m",)), key_of("ben")
+    async with lab(*keepers) as rig:
+
+        async def announce() -> None:
+            await trio.sleep(0.5)
+            rig.context.owners.remember("resp_x", rig.server("b").url, "ann")
+
+        rig.nursery.start_soon(announce)
+        got = await call(rig, "GET", f"{RESPONSES}/resp_x", ben)
+        assert (got.status, got.code) == (404, "response_not_found")
+        assert (await call(rig, "GET", f"{RESPONSES}/resp_x", ann)).status == 200
