@@ -17,6 +17,7 @@ from vllm_router.http.io.async_socket import (
     AsyncSocket,
     Interrupted,
 )
+from vllm_router.http.io.closing import reset_on_close
 from vllm_router.http.io.sockets import async_socket
 
 pytestmark = pytest.mark.usefixtures("socket_kind")
@@ -95,6 +96,32 @@ async def test_socket_unread_data_before_end_is_read_first():
 
 
 # -- writing ------------------------------------------------------------------------------------
+
+
+async def test_socket_end_is_input_without_unread_bytes():
+    with pair() as (wire, peer):
+        assert (wire.has_input(), wire.has_unread()) == (False, False)
+        peer.send(b"rest")
+        assert wire.has_input()
+        assert wire.has_unread()
+        assert await wire.read() == b"rest"
+        assert (wire.has_input(), wire.has_unread()) == (False, False)
+        peer.close()
+        assert wire.has_input()
+        assert not wire.has_unread()
+
+
+async def test_socket_reset_is_input_without_unread_bytes():
+    ours, theirs = await _tcp()
+    wire = async_socket(ours)
+    try:
+        reset_on_close(theirs)
+        theirs.close()
+        assert wire.has_input()
+        assert not wire.has_unread()
+    finally:
+        wire.detach()
+        ours.close()
 
 
 async def test_socket_request_is_sent_to_silent_peer():

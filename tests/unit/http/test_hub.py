@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from trio.lowlevel import Abort, RaiseCancelT
 
 from support.socket_pairs import pair, received
 from vllm_router.http.io import trio_internals
@@ -66,6 +67,16 @@ async def test_hub_without_trios_epoll_wakes_for_its_own(monkeypatch: pytest.Mon
                 nursery.start_soon(_send_when_blocked, peer, b"%d" % number)
                 with trio.fail_after(30):
                     assert await wire.read() == b"%d" % number
+
+
+def test_trap_is_made_as_trio_makes_it():
+    def abort(_: RaiseCancelT) -> Abort:
+        return Abort.SUCCEEDED
+
+    trap = trio_internals.make_trap(abort)
+    assert trap == trio_internals.ask_for_trap(abort)
+    # No coroutine is made for it.
+    assert trio_internals.make_trap is type(trap)
 
 
 def test_hub_register_in_trio_epoll_without_the_private_name_reports_it():

@@ -80,7 +80,7 @@ class PlainTransport:
             except BlockingIOError:
                 continue
             except OSError as error:
-                if self._has_bytes():
+                if self._async.has_unread():
                     return False
                 raise ConnectionLost(str(error)) from error
             pending = pending[sent:]
@@ -95,12 +95,6 @@ class PlainTransport:
         except OSError:
             return True
         return _INTERIM.match(seen) is None
-
-    def _has_bytes(self) -> bool:
-        try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
 
     def close(self) -> None:
         self._async.detach()

@@ -48,6 +48,10 @@ class AsyncSocket(Protocol):
         """Whether unread bytes, an error or the end are pending. Asks the kernel."""
         ...
 
+    def has_unread(self) -> bool:
+        """Whether unread bytes are pending. Asks the kernel."""
+        ...
+
     def read(self, until: float = math.inf, size: int = READ_SIZE) -> Awaitable[bytes]:
         """Read 1 to `size` bytes; b"" at the end of the stream. Raises OSError.
 
@@ -89,6 +93,14 @@ class AsyncSocket(Protocol):
         Sending continues if the wait is cancelled.
         """
         ...
+
+
+def has_unread(sock: socket.socket) -> bool:
+    """Whether bytes that were not read are pending on a non-blocking socket."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def unexpected_input() -> ConnectionAbortedError:

@@ -18,6 +18,7 @@ from vllm_router.http.io.async_socket import (
     BUFFERED_WRITE_SIZE,
     READ_SIZE,
     Interrupted,
+    has_unread,
     unexpected_input,
 )
 from vllm_router.http.io.hub import EventLoopHub
@@ -43,6 +44,7 @@ class HubSocket:
         "_error",
         "_hub",
         "_out",
+        "_poll",
         "_reader",
         "_ready",
         "_take",
@@ -69,6 +71,7 @@ class HubSocket:
         self._take: Callable[[bytes], bool] | None = None
         self._deadline = math.inf
         self._error: Exception | None = None
+        self._poll: select.poll | None = None
         # Buffered writes, bytes the kernel has not accepted, and the task in `drain`.
         self._out: list[bytes] = []
         self.unsent = b""
@@ -93,13 +96,15 @@ class HubSocket:
         return not (self._ready or self.ended or self.broken)
 
     def has_input(self) -> bool:
-        try:
-            self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
+        # A third of a `recv` that raises BlockingIOError.
+        poll = self._poll
+        if poll is None:
+            self._poll = poll = select.poll()
+            poll.register(self.fileno, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def has_unread(self) -> bool:
+        return has_unread(self.sock)
 
     @types.coroutine
     def read(self, until: float = math.inf, size: int = READ_SIZE) -> Generator[object, Any, bytes]:

@@ -12,8 +12,10 @@ from typing import Any
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, wait_task_rescheduled
 
+AbortFunction = Callable[[RaiseCancelT], Abort]
 
-def make_trap(abort: Callable[[RaiseCancelT], Abort]) -> object:
+
+def ask_for_trap(abort: AbortFunction) -> object:
     """The value that a waiting task yields to Trio's scheduler, with this abort function.
 
     `wait_task_rescheduled` creates one per wait; a socket uses the same for all of its waits.
@@ -22,6 +24,24 @@ def make_trap(abort: Callable[[RaiseCancelT], Abort]) -> object:
     trap: object = waiting.send(None)
     waiting.close()
     return trap
+
+
+def _trap_maker() -> Callable[[AbortFunction], object]:
+    """The class of these values if it makes them from an abort function; else `ask_for_trap`."""
+
+    def abort(_: RaiseCancelT) -> Abort:
+        return Abort.SUCCEEDED
+
+    trap = ask_for_trap(abort)
+    kind = type(trap)
+    try:
+        return kind if kind(abort) == trap else ask_for_trap  # type: ignore[call-arg]
+    except TypeError:
+        return ask_for_trap
+
+
+make_trap = _trap_maker()
+"""As `ask_for_trap`, without a coroutine for every socket."""
 
 
 def register_in_trio_epoll(fileno: int) -> bool:

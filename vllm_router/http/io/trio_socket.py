@@ -10,7 +10,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vllm_router.http.io.async_socket import READ_SIZE, Interrupted, unexpected_input
+from vllm_router.http.io.async_socket import (
+    READ_SIZE,
+    Interrupted,
+    has_unread,
+    unexpected_input,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +89,9 @@ class TrioSocket:
         except OSError:
             return True
         return True
+
+    def has_unread(self) -> bool:
+        return has_unread(self.sock)
 
     async def read(self, until: float = math.inf, size: int = READ_SIZE) -> bytes:
         while True:

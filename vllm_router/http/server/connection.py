@@ -45,8 +45,16 @@ class Connection(AsgiConnection):
         """Show the client the end of the stream, and keep reading. Raises OSError."""
         raise NotImplementedError
 
-    async def _close(self, *, reset: bool) -> None:
-        """Close the transport; with `reset`, so that the client sees no orderly end."""
+    def _close_now(self) -> bool:
+        """Close the transport without a wait. False if it needs `_close`."""
+        return False
+
+    async def _close(self) -> None:
+        """Close the transport."""
+        raise NotImplementedError
+
+    async def _reset(self) -> None:
+        """Close the transport so that the client sees no orderly end."""
         raise NotImplementedError
 
     # -- serving -------------------------------------------------------------------------------
@@ -69,8 +77,9 @@ class Connection(AsgiConnection):
                 truncated = (
                     response is not None and not response.finished and response.looks_complete
                 )
-                with trio.CancelScope(shield=True):
-                    await self._close(reset=truncated)
+                if truncated or not self._close_now():
+                    with trio.CancelScope(shield=True):
+                        await (self._reset() if truncated else self._close())
 
     async def _answer_all(self) -> None:
         """Serve requests until the connection ends or is handed over."""

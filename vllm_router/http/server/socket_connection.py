@@ -66,7 +66,7 @@ class SocketConnection(Connection):
             raise BrokenPipeError
 
     def has_input(self) -> bool:
-        return self._async.has_input()
+        return self._async.has_unread()
 
     def has_output(self) -> bool:
         return bool(self._async.unsent)
@@ -76,14 +76,17 @@ class SocketConnection(Connection):
             await self._async.drain()
         self._socket.shutdown(socket.SHUT_WR)
 
-    async def _close(self, *, reset: bool) -> None:
-        if reset:
-            with trio.move_on_after(self._limits.linger):
-                await self._async.drain()
-                await wait_until_delivered(self._socket, self._limits.linger)
+    def _close_now(self) -> bool:
         self._async.detach()
-        if reset:
-            reset_on_close(self._socket)
+        self._socket.close()
+        return True
+
+    async def _reset(self) -> None:
+        with trio.move_on_after(self._limits.linger):
+            await self._async.drain()
+            await wait_until_delivered(self._socket, self._limits.linger)
+        self._async.detach()
+        reset_on_close(self._socket)
         self._socket.close()
 
     # -- Outlet: see asgi_types ----------------------------------------------------------------

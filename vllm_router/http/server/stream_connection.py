@@ -120,15 +120,15 @@ class StreamConnection(Connection):
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise OSError(str(error)) from error
 
-    async def _close(self, *, reset: bool) -> None:
-        if reset:
-            stream = self._stream
-            if isinstance(stream, trio.SSLStream):
-                stream = stream.transport_stream
-            if isinstance(stream, trio.SocketStream):
-                await wait_until_delivered(stream.socket, self._limits.linger)
-                reset_on_close(stream.socket)
-            await trio.aclose_forcefully(self._stream)
-        else:
-            with trio.move_on_after(1):
-                await self._stream.aclose()
+    async def _close(self) -> None:
+        with trio.move_on_after(1):
+            await self._stream.aclose()
+
+    async def _reset(self) -> None:
+        stream = self._stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
+        if isinstance(stream, trio.SocketStream):
+            await wait_until_delivered(stream.socket, self._limits.linger)
+            reset_on_close(stream.socket)
+        await trio.aclose_forcefully(self._stream)
