@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -801,6 +802,44 @@ def test_quick_body_agrees_with_table(payload, api):
     slow = read_whole(api, b"\xef\xbb\xbf" + body)
     if slow.verdict is not Verdict.UNJUDGED:
         assert (slow.verdict, slow.usage) == (Verdict.PROVEN, quick_usage)
+
+
+_LONG_TEXT = st.lists(
+    st.sampled_from(["x" * 1500, "x" * 9, '"', "\\", '"}', '","', "\n", "é"]), max_size=12
+).map("".join)
+
+
+def long_answer(text: str, other: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text, "reasoning": other}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    said = {"prompt_tokens": 3, "completion_tokens": 2}
+    return {"id": "c", "choices": [choice], "usage": said}
+
+
+@given(_LONG_TEXT, _LONG_TEXT, st.booleans())
+def test_quick_usage_of_long_answers_agrees_with_decoding(text, other, ascii_only):
+    value = long_answer(text, other)
+    body = json.dumps(value, separators=(",", ":"), ensure_ascii=ascii_only).encode()
+    value["choices"][0]["message"]["content"] = ""
+    assert json.loads(quick.without_text(body)) in (value, json.loads(body))
+    assert quick.chat_usage(body) == quick.usage_of_finished(body) == (3, None, 2)
+
+
+@given(_LONG_TEXT, st.sampled_from(["", ":", 'a\\"', ","]), st.data())
+def test_quick_usage_of_half_an_answer_is_none(text, other, draw):
+    body = json.dumps(long_answer(text + "x" * 4096, other), separators=(",", ":")).encode()
+    half = body[: draw.draw(st.integers(0, len(body) - 1))]
+    assert quick.chat_usage(half) is None
+    assert quick.usage_of_finished(half) is None
+    assert read_whole(Api.CHAT, half).verdict is (Verdict.UNFINISHED if half else Verdict.EMPTY)
+
+
+def test_without_text_leaves_out_a_long_text_with_few_quotes():
+    text = ("lorem ipsum " * 100 + '"dolor" ') * 9
+    body = json.dumps(long_answer(text, ""), separators=(",", ":")).encode()
+    assert len(quick.without_text(body)) < 300
+    crowded = json.dumps(long_answer('"x"' * 3000, ""), separators=(",", ":")).encode()
+    assert quick.without_text(crowded) == crowded
 
 
 def test_blocks_of_keeps_unfinished_block():
