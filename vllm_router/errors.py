@@ -30,7 +30,8 @@ class ConfigError(RouterError):
 
     `problems` has one line each, with file, position, key path, the expected and the actual value.
     `excerpts` has by problem the line of the file with a mark below the position, where known;
-    `parts` the parts of the line, where it is about a key.
+    `parts` the parts of the line, where it is about a key. `passing` is True if a file is there but
+    could not be read just now (no descriptors left, an I/O error): the same file may be good later.
     """
 
     def __init__(
@@ -38,8 +39,11 @@ class ConfigError(RouterError):
         problems: Sequence[str],
         excerpts: Mapping[str, str] | None = None,
         parts: Mapping[str, Problem] | None = None,
+        *,
+        passing: bool = False,
     ) -> None:
         super().__init__("; ".join(problems))
+        self.passing = passing
         self.problems = tuple(problems)
         self.excerpts = dict(excerpts or {})
         self.parts = dict(parts or {})

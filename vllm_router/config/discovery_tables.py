@@ -39,7 +39,9 @@ DEFAULT_KEYS: dict[str, Any] = {
 """The keys of `defaults`."""
 
 _Scheme = Annotated[str, Meta(description='"http" or "https"', extra={"one_of": ("http", "https")})]
-_Text = Annotated[str, Meta(min_length=1, max_length=1000)]
+_Text = Annotated[
+    str, Meta(min_length=1, max_length=1000, description="the path of a file (string)")
+]
 _Paths = Annotated[
     _Text | Annotated[tuple[_Text, ...], Meta(min_length=1)],
     Meta(description="the path of a file or an array of paths (strings)"),

@@ -88,6 +88,7 @@ class Reloader:
         self._run_in_background: RunInBackground = run_in_background or _in_a_thread
         self._lock = trio.Lock()
         self._seen: Fingerprints | None = source.loaded
+        self._try_again = False
 
     @property
     def settled(self) -> bool:
@@ -95,25 +96,30 @@ class Reloader:
         return self._seen == self.source.loaded
 
     async def poll(self) -> Reload:
-        """Reload if the file has changed before the last poll and not since."""
+        """Reload if the file has changed before the last poll and not since.
+
+        A file that could not be read for a passing reason is tried again at every poll.
+        """
         seen, self._seen = self._seen, self.source.fingerprints()
-        if self.settled or self._seen != seen:
+        if self._seen != seen or (self.settled and not self._try_again):
             return Reload.UNCHANGED
         return await self.reload(force=False)
 
     async def reload(self, *, force: bool) -> Reload:
         """Read and apply the file; without `force` only if it has changed since it was read.
 
-        A refused file changes `refused_total` and `last_error` and is logged once. Concurrent
-        calls run one after the other.
+        A refused file changes `refused_total` and `last_error` and is logged once, however often it
+        is tried again. Concurrent calls run one after the other.
         """
         async with self._lock:
             return await self._reload(force=force)
 
     async def _reload(self, *, force: bool) -> Reload:
         self._seen = self.source.fingerprints()
-        if self.settled and not force:
+        again = self.settled and not force
+        if again and not self._try_again:
             return Reload.UNCHANGED
+        self._try_again = False
         old = self.current
         try:
             new = await self._run_in_background(self.source.load)
@@ -122,6 +128,9 @@ class Reloader:
                     await self._prepare(new)
                 self._apply(old, new)
         except ConfigError as error:
+            self._try_again = error.passing
+            if again and self.last_error == "\n".join(error.problems):
+                return Reload.UNCHANGED
             return self._refuse(error.problems, error.parts)
         except Exception as error:
             # A bug in reloading must not end the process that serves traffic.

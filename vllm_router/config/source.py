@@ -79,15 +79,25 @@ class ConfigSource:
         """
         first = _fingerprint(self.path)
         named: dict[str, Fingerprint | str] = {}
+        passing = False
+
+        def read(path: str | Path) -> bytes:
+            nonlocal passing
+            try:
+                return _read(path)
+            except ConfigError as error:
+                passing = passing or error.passing
+                raise
 
         def read_named(path: str) -> bytes:
-            named[path] = _fingerprint(path)
-            data = _read(path)
+            # Of a file that is read twice the older state counts: it may change in between.
+            named.setdefault(path, _fingerprint(path))
+            data = read(path)
             _warn_if_open(path, data)
             return data
 
         try:
-            data = _read(self.path)
+            data = read(self.path)
             config = parse(
                 data,
                 str(self.path),
@@ -98,11 +108,15 @@ class ConfigSource:
             )
             reader = Reader(str(self.path), TABLES, data=data)
             for problem in ssl_contexts.problems(config):
+                passing = passing or problem.passing
                 reader.problem(reader.first_present(problem.paths), problem.text)
             for text in missing_package(config.shared):
                 reader.problem("shared", text)
             reader.raise_problems()
             return config
+        except ConfigError as error:
+            error.passing = passing
+            raise
         finally:
             self._named = tuple(named)
             self.loaded = (first, *named.values())
@@ -133,8 +147,10 @@ def _warn_if_open(path: str, data: bytes) -> None:
 
 def _read(path: str | Path) -> bytes:
     """Read at most MAX_FILE_BYTES + 1 bytes, which `parse` refuses. Never blocks on a pipe."""
+    there = False
     try:
         kind = _kind(os.stat(path).st_mode)
+        there = True
         if kind is None:
             # The file may have been replaced by a pipe since `stat`: do not block.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -143,7 +159,8 @@ def _read(path: str | Path) -> bytes:
                 if kind is None:
                     return file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read: {_reason(error)}"]) from None
+        text = f"{path}: cannot be read: {_reason(error)}"
+        raise ConfigError([text], passing=there) from None
     raise ConfigError([f"{path}: expected a file, got {kind}"])
 
 

@@ -31,8 +31,8 @@ def _no_password() -> str:
 class UnusableFile(ConfigError):
     """OpenSSL cannot use a file. `key` is the key of the configuration that names it."""
 
-    def __init__(self, owner: str, key: str, reason: str) -> None:
-        super().__init__([f"{owner}{key}: cannot be used, {reason}"])
+    def __init__(self, owner: str, key: str, reason: str, *, passing: bool = False) -> None:
+        super().__init__([f"{owner}{key}: cannot be used, {reason}"], passing=passing)
         self.key = key
         self.reason = reason
 
@@ -44,7 +44,10 @@ def _using(owner: str, key: str, files: str, use: Callable[[], T]) -> T:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words = str(reason).replace("_", " ").lower()
-        raise UnusableFile(owner, key, f"{words}: {files}") from None
+        # An SSLError is about the content. A file that is missing is noticed when it appears.
+        lasting = isinstance(error, (ssl.SSLError, FileNotFoundError, ValueError))
+        passing = isinstance(error, OSError) and not lasting
+        raise UnusableFile(owner, key, f"{words}: {files}", passing=passing) from None
 
 
 def serving_context(tls: TlsConfig) -> ssl.SSLContext:
@@ -154,11 +157,13 @@ class ServerContexts:
 class Problem(NamedTuple):
     """A certificate file that cannot be used.
 
-    `paths` are the keys of the configuration that may name it, the most likely one first.
+    `paths` are the keys of the configuration that may name it, the most likely one first. `passing`
+    as in ConfigError.
     """
 
     paths: tuple[str, ...]
     text: str
+    passing: bool = False
 
 
 def problems(config: Config) -> list[Problem]:
@@ -170,7 +175,7 @@ def problems(config: Config) -> list[Problem]:
             check()
         except UnusableFile as error:
             paths = tuple([f"{table}.{error.key}" for table in tables])
-            found.append(Problem(paths, f"cannot be used, {error.reason}"))
+            found.append(Problem(paths, f"cannot be used, {error.reason}", error.passing))
 
     tls = config.tls
     if tls is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import msgspec
 import tomli
@@ -272,10 +272,9 @@ class Reader:
     def value(self, path: str, value: object, wanted: Any) -> Any:
         """`value` converted to the annotated type `wanted`; None if it has a problem."""
         kind, meta = get_args(wanted)
-        if get_origin(kind) is tuple and isinstance(value, list) and value:
-            (element, _) = get_args(kind)
+        if isinstance(value, list) and value and (element := _element(kind)) is not None:
             items = [self.value(f"{path}[{n}]", item, element) for n, item in enumerate(value)]
-            return None if None in items else tuple(dict.fromkeys(items))
+            return tuple(dict.fromkeys([item for item in items if item is not None]))
         if get_origin(kind) is dict and isinstance(value, dict):
             return self._entries(path, value, *get_args(kind))
         extra = meta.extra or {}
@@ -339,6 +338,15 @@ class Reader:
             self._problems.append(f"{self._source}: and {self._unlisted} more problems")
         if self._problems:
             raise ConfigError(self._problems, self._excerpts, self._parts)
+
+
+def _element(kind: Any) -> Any:
+    """The type of the elements if `kind` is a tuple, or a union with one; else None."""
+    for one in get_args(kind) if get_origin(kind) is Union else (kind,):
+        plain = get_args(one)[0] if get_origin(one) is Annotated else one
+        if get_origin(plain) is tuple:
+            return get_args(plain)[0]
+    return None
 
 
 def _is_secret(kind: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_router.config.discovered import MAX_TARGETS
 from vllm_router.config.discovery import Found
 from vllm_router.config.server_url import quoted
 from vllm_router.config.toml_reader import shown_value
@@ -29,6 +30,10 @@ Groups = tuple[tuple[Found, ...], list[str]]
 
 class BadDocument(Exception):
     """The document as a whole cannot be used; the message is for operators."""
+
+
+class UnreadDocument(BadDocument):
+    """The document could not be read just now; the same one may be good later."""
 
 
 def read_json(data: bytes) -> Groups:
@@ -66,26 +71,44 @@ def _check_size(data: bytes) -> None:
 
 
 def read_groups(document: Any) -> Groups:
-    """The targets of a decoded document. Raises BadDocument if it is no array of groups."""
+    """The targets of a decoded document. Raises BadDocument if it is no array of groups.
+
+    Aliases of YAML make a small document name a large group very often: no more than MAX_TARGETS
+    targets and problems are read, and labels that several groups share are read once.
+    """
     if not isinstance(document, list):
         raise BadDocument(f"expected an array of groups, got {shown_value(document)}")
     found: list[Found] = []
     problems: list[str] = []
+    labels_by_id: dict[int, tuple[dict[str, str], list[str]]] = {}
     for number, group in enumerate(document):
         where = f"[{number}]"
+        if len(found) + len(problems) > MAX_TARGETS:
+            return _first_parts(found, problems)
         if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
             problems.append(f'{where}: expected a group like {{"targets": ["host:8000"]}}')
             continue
-        labels, bad = _labels(group.get("labels"))
-        problems += [f"{where}.labels{line}" for line in bad]
-        for place, target in enumerate(group["targets"]):
+        given = group.get("labels")
+        if id(given) not in labels_by_id:
+            labels_by_id[id(given)] = _labels(given)
+        labels, bad = labels_by_id[id(given)]
+        room = MAX_TARGETS + 1 - len(found) - len(problems)
+        problems += [f"{where}.labels{line}" for line in bad[:room]]
+        for place, target in enumerate(group["targets"][:room]):
             if isinstance(target, str):
                 found.append(Found(target, labels=labels))
             else:
                 problems.append(
                     f"{where}.targets[{place}]: expected host:port, got {shown_value(target)}"
                 )
+    if len(found) + len(problems) > MAX_TARGETS:
+        return _first_parts(found, problems)
     return tuple(found), problems
+
+
+def _first_parts(found: list[Found], problems: list[str]) -> Groups:
+    more = f"expected at most {MAX_TARGETS} targets, got more: left out the rest"
+    return tuple(found[:MAX_TARGETS]), [*problems[:MAX_TARGETS], more]
 
 
 def _labels(given: object) -> tuple[dict[str, str], list[str]]:

@@ -11,7 +11,13 @@ from typing import NamedTuple
 import trio
 
 from vllm_router.config.discovery import FileSource, Found
-from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, read_json, read_yaml
+from vllm_router.discovery.file_sd import (
+    MAX_BYTES,
+    BadDocument,
+    UnreadDocument,
+    read_json,
+    read_yaml,
+)
 from vllm_router.discovery.source import Again, Sink
 
 MAX_FILES = 1000
@@ -39,7 +45,8 @@ class Files:
     """Reads the files when they have changed, in a thread.
 
     A file that cannot be read keeps its last targets, and makes the source fail; a file that is
-    gone has none.
+    gone has none. A file that could not be opened is tried again, changed or not: the router may
+    have had no descriptor left.
     """
 
     def __init__(self, config: FileSource) -> None:
@@ -49,6 +56,7 @@ class Files:
         self._read: Prints = {}
         self._problems: dict[str, str] = {}
         self._left_out: dict[str, tuple[str, ...]] = {}
+        self._unread: set[str] = set()
 
     async def run(self, sink: Sink, again: Again) -> None:
         """Look at the files every `interval` seconds."""
@@ -77,34 +85,45 @@ class Files:
     async def _take(self, prints: Prints, sink: Sink) -> None:
         """Read what has changed, and report."""
         first = not self._read
-        changed = [path for path, mark in prints.items() if self._read.get(path) != mark]
+        changed = [
+            path
+            for path, mark in prints.items()
+            if self._read.get(path) != mark or path in self._unread
+        ]
         gone = self._read.keys() - prints.keys()
+        news = first or bool(gone)
         for path in gone:
+            self._unread.discard(path)
             for known in (self._targets, self._problems, self._left_out, self._read):
                 known.pop(path, None)
         for path in changed[:MAX_FILES]:
             mark = prints[path]
+            tried = self._read.get(path) == mark
             await self._read_file(path, mark)
+            news = news or not (tried and path in self._unread)
             self._read[path] = mark
         problem = "; ".join(self._problems.values())
         if not prints:
             problem = f"no file matches {', '.join(self._config.paths)}"
-        if (changed or gone or first) and (self._targets or not problem):
+        if news and (self._targets or not problem):
             found = [target for targets in self._targets.values() for target in targets]
             left_out = [line for lines in self._left_out.values() for line in lines]
             sink.found(found, left_out)
         if problem:
             sink.failed(problem)
-        elif not (changed or gone):
+        elif not news:
             sink.confirmed()
 
     async def _read_file(self, path: str, mark: _Print | str) -> None:
+        self._unread.discard(path)
         try:
             if isinstance(mark, str):
                 raise BadDocument(mark)
             found, left_out = await trio.to_thread.run_sync(read_file, path, abandon_on_cancel=True)
         except BadDocument as error:
             self._problems[path] = f"{path}: {error}"
+            if isinstance(error, UnreadDocument):
+                self._unread.add(path)
             return
         self._problems.pop(path, None)
         self._targets[path] = found
@@ -138,5 +157,5 @@ def read_file(path: str) -> tuple[tuple[Found, ...], Sequence[str]]:
                 raise BadDocument("expected a file, got something else")
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise BadDocument(error.strerror or str(error)) from None
+        raise UnreadDocument(error.strerror or str(error)) from None
     return read_yaml(data) if path.endswith((".yml", ".yaml")) else read_json(data)

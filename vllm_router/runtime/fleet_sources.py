@@ -46,6 +46,7 @@ class FleetSources:
         self._prepare = prepare
         self._apply = apply
         self._changed = trio.Event()
+        self._refused = ""
 
     def _set_changed(self) -> None:
         self._changed.set()
@@ -86,10 +87,15 @@ class FleetSources:
             old, new = self._in_force(), self._merged(self.file_config)
             self._apply(old, new, "discovery")
         except ConfigError as error:
-            logger.error(
-                "the servers that were found cannot be used, the fleet stays as it is: %s",
-                "; ".join(error.problems),
-            )
+            refused, self._refused = self._refused, "; ".join(error.problems)
+            if self._refused != refused:
+                logger.error(
+                    "the servers that were found cannot be used, the fleet stays as it is: %s",
+                    self._refused,
+                )
+            if error.passing:
+                self._set_changed()
             return
+        self._refused = ""
         if new.servers != old.servers:
             logger.info("discovery: %s", changes(old, new))

@@ -127,7 +127,7 @@ def test_ssl_contexts_problems_are_of_clients_servers_and_sources():
     )
     missing = "cannot be used, no such file or directory: /nowhere.pem"
     assert problems(config) == [
-        (("tls.certificate",), missing),
-        (("servers.servers[1].ca", "tls.servers.ca"), missing),
-        (("discovery.http[0].ca", "discovery.http.ca"), missing),
+        (("tls.certificate",), missing, False),
+        (("servers.servers[1].ca", "tls.servers.ca"), missing, False),
+        (("discovery.http[0].ca", "discovery.http.ca"), missing, False),
     ]

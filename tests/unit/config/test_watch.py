@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import itertools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from vllm_router.config import source as source_module
 from vllm_router.config.changes import changes
 from vllm_router.config.reload import SETTLE_TIME, Nudge, Reload, Reloader, watch
 from vllm_router.config.schema import Config
 from vllm_router.config.source import ConfigSource
+from vllm_router.config.ssl_contexts import UnusableFile
 from vllm_router.config.toml_reader import MAX_FILE_BYTES
 from vllm_router.errors import ConfigError
+
+PEM = Path(__file__).parents[2] / "data" / "localhost.pem"
 
 ticks = itertools.count(1_700_000_000_000_000_000, 1_000_000_000)
 
@@ -399,6 +407,92 @@ async def test_reload_defect_in_applier_is_logged_and_survived(
     applied.fault = None
     assert await reloader.reload(force=True) is Reload.APPLIED
     assert reloader.last_error is None
+
+
+@contextmanager
+def no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As with EMFILE: `stat` works, no file can be opened."""
+
+    def refuse(*args: object, **options: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(builtins, "open", refuse)
+        yield
+
+
+async def test_reload_file_that_was_unreadable_for_a_moment_is_read_without_a_change(
+    reloader: Reloader,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    write(path, toml("b"))
+    with no_descriptors_left(monkeypatch):
+        polls = [await reloader.poll() for _ in range(5)]
+    assert polls.count(Reload.REFUSED) == reloader.refused_total == 1
+    assert reloader.last_error == f"{path}: cannot be read: Too many open files"
+    assert len(caplog.messages) == 1, "logged once, however often it is tried"
+    assert await reloader.poll() is Reload.APPLIED
+    assert names(reloader) == ["b"]
+    assert reloader.last_error is None
+
+
+async def test_reload_certificate_that_was_unreadable_for_a_moment_is_read_without_a_change(
+    reloader: Reloader, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(path, f'{toml("b")}[tls]\ncertificate = "{PEM}"\nkey = "{PEM}"\n')
+    real = builtins.open
+
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        if str(file).endswith(".pem"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(file, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", refuse)
+        assert await reloader.reload(force=False) is Reload.REFUSED
+    assert [await reloader.poll() for _ in range(2)] == [Reload.UNCHANGED, Reload.APPLIED]
+
+
+async def test_reload_server_whose_certificate_was_unreadable_for_a_moment_is_applied(
+    reloader: Reloader, path: Path, applied: Applied
+):
+    """The files are read once more when the new servers are prepared."""
+    applied.fault = UnusableFile("server b: ", "ca", "too many open files: ca.pem", passing=True)
+    write(path, toml("b"))
+    assert await reloader.reload(force=False) is Reload.REFUSED
+    assert await reloader.poll() is Reload.UNCHANGED
+    assert reloader.refused_total == 1
+    applied.fault = None
+    assert await reloader.poll() is Reload.APPLIED
+
+
+async def test_reload_file_changed_between_two_reads_of_it_is_read_again(
+    tmp_path: Path, applied: Applied, monkeypatch: pytest.MonkeyPatch
+):
+    """Two servers with one authority: the first one must not keep the digest of the old file."""
+    authority = tmp_path / "ca.pem"
+    write(authority, PEM.read_text())
+    path = tmp_path / "servers.toml"
+    one = '[[servers.servers]]\nurl = "https://{}"\nca = "ca.pem"\n'
+    write(path, one.format("a") + one.format("b"))
+    reads = itertools.count()
+    real = source_module._read
+
+    def read_and_change(name: str | Path) -> bytes:
+        data = real(name)
+        if str(name) == str(authority) and next(reads) == 0:
+            write(authority, PEM.read_text() + "\n")
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source_module, "_read", read_and_change)
+        reloader = make_reloader(path, applied)
+    assert await reloader.reload(force=False) is Reload.APPLIED
+    first, second = reloader.current.servers
+    assert first.ca == second.ca
 
 
 # -- acting -----------------------------------------------------------------------------------

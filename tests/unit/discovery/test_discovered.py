@@ -222,6 +222,11 @@ def test_table_defaults_take_keys_from_the_environment_and_tls_of_servers() -> N
         ("[discovery]\nfile = {}", "discovery.file.path: expected the path of a file or a pattern"),
         ("[discovery]\nfile = { path = 3 }", "discovery.file.path: expected the path of a file"),
         ("[discovery]\nfile = { path = [] }", "discovery.file.path: expected the path of a file"),
+        (
+            '[discovery]\nfile = { path = ["a", 5, "b"] }',
+            "discovery.file.path[1]: expected the path of a file (string), got 5",
+        ),
+        ('[discovery]\nfile = { path = ["a", ""] }', "discovery.file.path[1]: expected the path"),
         ('[discovery]\nfile = { pth = "a" }', 'discovery.file.pth: unknown key "pth", did you me'),
         ('[discovery]\nfiel = { path = "a" }', 'discovery.fiel: unknown key "fiel", did you mean'),
         (

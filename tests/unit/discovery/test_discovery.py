@@ -454,6 +454,25 @@ async def test_discovery_refused_servers_leave_the_fleet_as_it_is(
         assert "too many servers" in caplog.text
 
 
+async def test_discovery_servers_refused_for_a_passing_reason_are_tried_again(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No descriptor was left for a certificate file, and the source has no news afterwards."""
+
+    def refuse(config: Config) -> None:
+        raise ConfigError(["server a: ca: too many open files"], passing=True)
+
+    async with running(FILE) as rig:
+        allowed, rig.refuse = rig.refuse, refuse
+        rig.made["file"].say("a:1")
+        await trio.sleep(10.0)
+        assert rig.names == []
+        assert caplog.text.count("too many open files") == 1
+        rig.refuse = allowed
+        await rig.settle()
+        assert rig.names == ["a:1"]
+
+
 async def test_discovery_restarted_process_begins_with_the_known_set(
     autojump_clock: MockClock,
 ) -> None:

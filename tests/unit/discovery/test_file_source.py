@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import trio
 
 from support.source_notes import Notes
+from vllm_router.config.discovered import MAX_TARGETS
 from vllm_router.config.discovery import FileSource
-from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, read_json, read_yaml
+from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, read_groups, read_json, read_yaml
 from vllm_router.discovery.file_source import Files
 from vllm_router.discovery.source import Again
 
@@ -117,6 +119,28 @@ async def test_files_unchanged_file_confirms_its_set(tmp_path: Path) -> None:
         assert notes.sets == [["a:1"]]
 
 
+async def test_files_unreadable_for_a_moment_are_read_without_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router had no descriptor left when the file changed."""
+
+    def refuse(*args: object, **options: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    file = tmp_path / "a.json"
+    file.write_text(group("a:1"))
+    async with following(file) as notes:
+        await notes.until(lambda it: it.sets == [["a:1"]])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            file.write_text(group("b:1"))
+            await notes.until(lambda it: it.failures > 5)
+            # Offered once more with the first failure; a source that answers would not have failed.
+            assert notes.sets == [["a:1"]] * 2
+        await notes.until(lambda it: it.sets[-1] == ["b:1"])
+        assert notes.problem is None
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 async def test_files_what_is_no_file_fails_without_blocking(tmp_path: Path, make: Any) -> None:
     path = tmp_path / "a.json"
@@ -189,3 +213,49 @@ def test_read_yaml_aliases_do_not_explode() -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     with pytest.raises(BadDocument, match="got a table"):
         read_yaml("\n".join(lines).encode())
+
+
+class _Counted(list[Any]):
+    """A list that counts the elements that were read."""
+
+    read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        part = super().__getitem__(place)
+        self.read += len(part) if isinstance(place, slice) else 1
+        return part
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in super().__iter__():
+            self.read += 1
+            yield one
+
+
+@pytest.mark.parametrize("target", ["a:1", 7])
+def test_read_groups_aliases_of_a_large_group_are_read_up_to_the_limit(target: object) -> None:
+    """`- &a {targets: [...]}` and then `- *a` again and again: 1 MB names billions."""
+    targets = _Counted([target] * 30_000)
+    found, problems = read_groups([{"targets": targets}] * 100)
+    assert targets.read == MAX_TARGETS + 1
+    assert len(found) + len(problems) == MAX_TARGETS + 1
+    assert problems[-1] == f"expected at most {MAX_TARGETS} targets, got more: left out the rest"
+
+
+def test_read_groups_labels_of_many_groups_are_read_once() -> None:
+    class Labels(dict[str, Any]):
+        reads = 0
+
+        def items(self) -> Any:
+            self.reads += 1
+            return super().items()
+
+    labels = Labels(__weight=2, __name=True)
+    found, problems = read_groups([{"targets": ["a:1"], "labels": labels}] * 1000)
+    assert labels.reads == 1
+    assert (len(found), len(problems)) == (1000, 1000)
+    assert problems[999] == '[999].labels."__name": expected a string, got true'
+
+
+def test_read_groups_as_many_targets_as_allowed_are_all_read() -> None:
+    found, problems = read_groups([{"targets": ["a:1"] * MAX_TARGETS}])
+    assert (len(found), problems) == (MAX_TARGETS, [])

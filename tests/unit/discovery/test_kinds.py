@@ -59,7 +59,7 @@ def test_source_of_unknown_kind_is_a_defect():
     ("source", "key"),
     [
         ("file = { path = 5 }", "file.path"),
-        ("file = { path = ['a', 5] }", "file.path"),
+        ("file = { path = ['a', 5] }", "file.path[1]"),
         ('http = { url = "ftp://x" }', "http.url"),
         ('dns = { name = "a b", port = 1 }', "dns.name"),
         (
