@@ -22,6 +22,7 @@ from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Messag
 from vllm_router.proxy.headers import get_all
 from vllm_router.proxy.identity import (
     ANONYMOUS,
+    CREDENTIALS,
     Identity,
     Keyring,
     is_credential,
@@ -150,6 +151,8 @@ class Guard:
         self._origins = Origins(config.settings.cors_origins)
         self._trusted = parse_networks(config.settings.trusted_proxies)
         self._hosts = frozenset(config.settings.allowed_hosts)
+        self._cuts_queries = any(server.api_key is not None for server in config.servers)
+        """True if credentials are cut out of queries for a server that gets a key from us."""
         self._open = not (self._has_keys or self._hosts or own or admin_port is not None)
         """True if inference needs neither key nor other proof, on any port."""
 
@@ -163,13 +166,15 @@ class Guard:
         if self._open and path_class is PathClass.INFERENCE:
             if b"origin" in fields:
                 self._check_origin(scope, fields)
+            if self._cuts_queries:
+                _check_query(scope)
             scope[IDENTITY] = ANONYMOUS
             self._remember(scope, fields, None)
             return
         path: str = scope["path"]
         if path[:1] != "/":
             raise Refused(400, "bad_request", "The request target is malformed.")
-        if path_class is not PathClass.INFERENCE:
+        if self._cuts_queries or path_class is not PathClass.INFERENCE:
             _check_query(scope)
         if self.own is not None and _port(scope) == self.own.port:
             self._admit_own(scope, fields, self.own)
@@ -185,7 +190,7 @@ class Guard:
         identity, secret = ANONYMOUS, None
         if self._has_keys:
             identity = self.keyring.identify(fields)
-            if identity.known or self.keyring.has_clients:
+            if identity.known or self.keyring.has_clients or self._is_repeated_key(scope, fields):
                 secret = _credentials(scope)
                 _strip(scope, secret)
         if area not in (Area.INFERENCE, Area.MODELS):
@@ -194,6 +199,15 @@ class Guard:
         self._check_key(scope, area, identity)
         if area is Area.INFERENCE:
             self._remember(scope, fields, secret)
+
+    def _is_repeated_key(self, scope: Scope, fields: Mapping[bytes, bytes]) -> bool:
+        """Whether a field that is repeated has a known key, though the last of them has not."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(fields) == len(headers):
+            return False
+        given = [{name: value} for name, value in headers if name in CREDENTIALS]
+        # Not `any`: the time reveals nothing of the keys.
+        return True in [self.keyring.identify(one).known for one in given]
 
     # -- connections that repeat themselves ---------------------------------------------------
 

@@ -133,6 +133,19 @@ def test_guard_without_keys_of_clients_leaves_their_keys_to_the_servers():
     assert scope["query_string"] == b"a=1"
 
 
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key"])
+def test_guard_known_key_in_first_of_two_fields_reaches_no_server(name: bytes):
+    """Programs differ in which of two equal fields they use; the last one has no rights here."""
+    only_admin = guard(AuthConfig(admin_key=digest_of("sk-admin")))
+    first = (name, b"Bearer sk-admin" if name == b"authorization" else b"sk-admin")
+    scope = scope_of(CHAT, first, bearer("sk-of-server"), (name, b"Bearer x"))
+    assert admitted(only_admin, scope) == Identity(given=True)
+    assert scope["headers"] == [(b"host", b"router.test")]
+    scope = scope_of(CHAT, bearer("sk-1"), bearer("sk-2"))
+    admitted(only_admin, scope)
+    assert len(scope["headers"]) == 3, "keys of the servers stay"
+
+
 def test_guard_removes_every_credential_before_a_server_sees_it():
     scope = scope_of(
         CHAT, bearer("sk-k"), (b"cookie", b"c"), (b"x-a", b"1"), query=b"api-key=s&b=2"
