@@ -254,6 +254,33 @@ async def test_page_history_continues_when_the_clock_is_set_back(
     assert own == [times, values]
 
 
+async def test_page_history_of_one_server_has_gaps_and_rare_snapshots_have_none(
+    browser: str, router: RouterProcess
+):
+    async with new_page(browser) as page:
+        await page.open(router.url + "/")
+        own, before, rare, coarse = await page.evaluate(
+            """import("/static/js/history.js").then(({History}) => {
+                const snapshot = (time, running) => ({time, router: {open_streams: 0},
+                    servers: [{name: "a", running, load: running}], fleet: {running}});
+                const none = {interval: 1, end: 0, fleet: {}, servers: {}};
+                const history = new History();
+                for (const time of [1000, 1001, 1060]) history.snapshot(snapshot(time, time));
+                const rare = new History();
+                rare.hello({config: {feed_interval: 5}, history: none, hour: none});
+                for (let n = 0; n < 400; n += 1) rare.snapshot(snapshot(1000 + 5 * n, n));
+                return [history.ofServer("a", ["running"]), history.ofServer("a", ["load"]),
+                        rare.ofServer("a", ["running"])[1],
+                        rare.columns(3600, ["running"]).columns[1]];
+            })"""
+        )
+    assert own == [[1000, 1001, 1002, 1060], [1000, 1001, None, 1060]]
+    assert before == own
+    assert len(rare) == 300
+    assert None not in rare
+    assert None not in coarse
+
+
 # -- operators act on it ----------------------------------------------------------------------
 
 

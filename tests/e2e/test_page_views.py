@@ -470,3 +470,73 @@ async def test_page_late_answer_about_a_server_is_not_taken_for_another(
         assert "demo-1" in await page.evaluate("globalThis.said[0]")
         assert await page.evaluate(f"{confirm}.open")
         assert "demo-2" in await page.text("#confirm-title")
+
+
+async def test_page_late_answers_of_requests_and_explain_do_not_replace_newer_ones(
+    browser: str, demo: Running
+):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        await page.evaluate(
+            """(() => {
+                globalThis.real = fetch;
+                globalThis.answers = {};
+                globalThis.fetch = (path, ...rest) => /^(decisions|explain)/.test(String(path))
+                    ? new Promise((answer) => {
+                        (globalThis.answers[path] ??= []).push((value) =>
+                            answer(new Response(JSON.stringify(value))));
+                      })
+                    : globalThis.real(path, ...rest);
+            })()"""
+        )
+        row = (
+            "({model: 'm', served_model: null, server, status: 200, code: null, outcome: 'ok',"
+            " attempts: 1, retries: [], waited_seconds: 0, first_byte_seconds: 0, time: 1,"
+            " duration_seconds: 0, path: '/', failed: false, request_id: server})"
+        )
+        await page.evaluate(f"globalThis.row = (server) => {row}")
+        asked = "(globalThis.answers['decisions?limit=200'] ?? [])"
+        await page.click("[data-view=decisions]")
+        await page.wait(f"{asked}.length >= 2")
+        await page.evaluate(f"{asked}[1]({{decisions: [globalThis.row('newer')]}})")
+        shown = "document.querySelector('#decisions-table tbody').textContent"
+        await page.wait(f"{shown}.includes('newer')")
+        await page.evaluate(
+            f"Promise.resolve({asked}[0]({{decisions: [globalThis.row('older')]}}))"
+            ".then(() => new Promise((done) => setTimeout(done, 50)))"
+        )
+        assert "newer" in await page.evaluate(shown)
+
+        await page.click("[data-view=explain]")
+        answer = (
+            "{model: %s, picked: null, would_wait: false, policy: 'p', candidates: [], out: []}"
+        )
+        for model in ("first", "second"):
+            await page.evaluate(
+                f"(() => {{ document.querySelector('#explain-model').value = '{model}';"
+                " document.querySelector('#explain-form').requestSubmit(); })()"
+            )
+        await page.wait("globalThis.answers['explain?model=second']?.length === 1")
+        for model in ("second", "first"):
+            await page.evaluate(
+                f"Promise.resolve(globalThis.answers['explain?model={model}'].at(-1)("
+                + answer % f"'{model}'"
+                + ")).then(() => new Promise((done) => setTimeout(done, 50)))"
+            )
+        assert "second" in await page.text("#explain-result")
+
+
+async def test_page_slash_finds_the_field_of_the_view_that_is_shown(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        focused = "document.activeElement.id"
+        for view, field in (("decisions", "decisions-search"), ("fleet", "search")):
+            await page.click(f"[data-view={view}]")
+            await page.press("/")
+            assert await page.evaluate(focused) == field
+        await page.click("[data-view=explain]")
+        taken = await page.evaluate(
+            "!dispatchEvent.call(document.body, new KeyboardEvent('keydown',"
+            " {key: '/', bubbles: true, cancelable: true}))"
+        )
+        assert taken is False, "the browser's own search"

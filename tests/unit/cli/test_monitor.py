@@ -509,6 +509,39 @@ def test_monitor_trend_keeps_the_mean_of_ten_seconds_for_the_hour_as_the_router_
     assert list(shown.trend.values("requests_per_s", hour=True)) == [7.0, 5.5, 15.5]
 
 
+def test_monitor_charts_have_a_gap_where_the_router_stood_still():
+    shown = with_history(view(server("a")), [1.0])
+    shown.take(snapshot(server("a", 0.2), moment=NOW), NOW)
+    shown.take(snapshot(server("a", 0.3), moment=NOW + 10), NOW + 10)
+    now = snapshot(server("a")).fleet.requests_per_s
+    assert list(shown.trend.values("requests_per_s", hour=False)) == [1.0, now, *[None] * 9, now]
+    assert list(shown.loads["a"])[-11:] == [0.2, *[None] * 9, 0.3]
+
+
+def test_monitor_charts_of_rare_snapshots_have_the_right_time_and_no_gaps():
+    shown = view(server("a"))
+    rare = msgspec.structs.replace(hello().config, feed_interval=5.0)
+    shown.take(msgspec.structs.replace(hello(), config=rare), NOW)
+    before = len(shown.trend.values("running", hour=False))
+    for seconds in (5, 10, 15):
+        shown.take(snapshot(server("a", 0.2), moment=NOW + seconds), NOW + seconds)
+    values = list(shown.trend.values("running", hour=False))[before:]
+    assert len(values) == 15 + 1, "the history of the hello ends a second before"
+    assert None not in values
+    assert list(shown.loads["a"])[-14:] == [0.2] * 14
+
+
+@pytest.mark.parametrize("key", ["?", "enter", "t"])
+def test_monitor_filter_key_leaves_what_hides_the_servers(key: str):
+    shown = view(server("gpu-1"), server("gpu-2"))
+    press(shown, key)
+    assert shown.overlay is not None
+    for letter in "/2":
+        press(shown, letter)
+    assert shown.overlay is None
+    assert [one.name for one in shown.servers()] == ["gpu-2"]
+
+
 def test_monitor_filter_shows_matching_servers_until_escape():
     shown = view(server("gpu-1"), server("gpu-2", models=("Llama",)), server("cpu-3"))
     for key in ("/", "l", "L"):

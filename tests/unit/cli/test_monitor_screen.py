@@ -207,6 +207,28 @@ async def test_screen_actions_ask_the_router_and_say_what_came_of_it(
         assert asked == [("drain", "a", True), ("drain", "a", False), *[("explain", "m")] * 2]
 
 
+async def test_screen_late_explanation_does_not_replace_a_newer_one(
+    monkeypatch, pipe, autojump_clock
+):
+    asked: list[str] = []
+
+    async def explain(self: FakeClient, model: str | None, _: None) -> dict[str, Any]:
+        name, seconds = ("new", 0.0) if asked else ("old", 60.0)
+        asked.append(name)
+        await trio.sleep(seconds)
+        return {"model": name, "picked": None, "policy": "adaptive", "out": [], "candidates": []}
+
+    monkeypatch.setattr(FakeClient, "explain", explain)
+    async with running(monkeypatch, pipe) as rig:
+        rig.type("e")
+        await rig.until(lambda: asked == ["old"])
+        rig.type("e")
+        await rig.shows("A request for the model 'new'")
+        await trio.sleep(100.0)
+        assert rig.view.explained is not None
+        assert rig.view.explained["model"] == "new"
+
+
 async def test_screen_says_what_the_router_refuses_in_its_language(
     monkeypatch, pipe, autojump_clock
 ):

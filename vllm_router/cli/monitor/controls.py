@@ -45,6 +45,8 @@ def press(view: View, key: str) -> Action | None:
     if view.question is not None:
         question, view.question = view.question, None
         return question.action if key in ("y", "Y") else None
+    if view.overlay is not None and key == "/":
+        view.overlay = None  # the filter is below it
     if view.overlay is not None:
         _overlaid(view, key)
         return None

@@ -76,6 +76,7 @@ class Screen:
         self._nursery: trio.Nursery | None = None
         self._parent = os.getppid()
         self._error: NoFeed | None = None
+        self._explains = 0
 
     async def run(self) -> End:
         """Run until the user or a signal ends it. Raises NoFeed if no router answers at the start.
@@ -211,7 +212,12 @@ class Screen:
                     case ReloadFile():
                         view.message = view.texts(f"done_reload_{await router.reload()}")
                     case Explain(model):
-                        view.explained = await router.explain(model, None)
+                        self._explains += 1
+                        turn = self._explains
+                        found = await router.explain(model, None)
+                        if turn != self._explains:
+                            return  # asked for another model meanwhile
+                        view.explained = found
                         view.message = ""
                         view.show(Overlay.EXPLAINED)
         except RouterError as error:

@@ -19,6 +19,12 @@ EVENTS = 200
 OF_REQUESTS, KEPT_OF_REQUESTS = "retries_exhausted", 20
 """The kind of event about a single request, and how many of those events are kept at most."""
 
+GAP = 3.5
+"""Intervals, of a second at least, from which charts have a gap; a busy machine misses some."""
+
+MOST_FILLED = 3600
+"""Seconds of the charts that are filled at once: all that they show."""
+
 STALE_SECONDS = 2.5
 """Seconds without a snapshot after which the figures are marked as old."""
 
@@ -109,7 +115,11 @@ class View:
         self.connected = True
         self.heard = now
         if snapshot.time - self._row_time >= 0.95:
+            passed = snapshot.time - self._row_time if self._row_time else 1.0
             self._row_time = snapshot.time
+            known = passed <= GAP * max(1.0, self._interval)
+            if not known or self._interval > 1:
+                self._fill(round(passed) - 1, snapshot, known=known)
             self.trend.add(snapshot.fleet)
             self.loads = {
                 server.name: self.loads.get(server.name, deque(maxlen=HISTORY))
@@ -120,6 +130,17 @@ class View:
         # If the server of the details was removed, they do not show another one.
         if self.chosen() is None and self.overlay is not Overlay.DETAILS:
             self.selected = next((server.name for server in self.servers()), None)
+
+    def _fill(self, seconds: int, snapshot: Snapshot, *, known: bool) -> None:
+        """Add the seconds before a snapshot that had none: alike, or empty if not `known`.
+
+        So no line crosses the time in which the router, or this program, stood still.
+        """
+        loads = {server.name: server.load for server in snapshot.servers} if known else {}
+        for _ in range(min(seconds, MOST_FILLED)):
+            self.trend.add(snapshot.fleet if known else None)
+        for name, values in self.loads.items():
+            values.extend([loads.get(name)] * min(seconds, HISTORY))
 
     def _tell(self, event: Event) -> None:
         if event.id and event.id <= self._newest:
@@ -157,8 +178,12 @@ class View:
 
     def stale(self, now: float) -> bool:
         """True if the figures are old."""
-        interval = self.hello.config.feed_interval if self.hello is not None else 0.5
-        return not self.connected or now - self.heard > max(STALE_SECONDS, 4 * interval)
+        return not self.connected or now - self.heard > max(STALE_SECONDS, 4 * self._interval)
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between two snapshots."""
+        return self.hello.config.feed_interval if self.hello is not None else 0.5
 
     # -- what the user chooses ------------------------------------------------------------------
 

@@ -37,10 +37,10 @@ class Trend:
             self._hour[name] = deque(hello.hour.fleet.get(name, ()), HOUR)
         self._rows = 0
 
-    def add(self, fleet: FleetView) -> None:
-        """Append the figures of the next second."""
+    def add(self, fleet: FleetView | None) -> None:
+        """Append the figures of the next second; None if there are none."""
         for name, read in FIGURES.items():
-            self._minutes[name].append(read(fleet))
+            self._minutes[name].append(read(fleet) if fleet is not None else None)
         self._rows += 1
         if self._rows % FACTOR == 0:
             for name, values in self._minutes.items():

@@ -41,6 +41,8 @@ export class Decisions {
     });
     this.rows = [];
     this.shown = false;
+    this.asked = 0;
+    this.answered = 0;
     const row = make("tr", { role: "row" });
     this.titles = COLUMNS.map(([title], index) => {
       const cell = make("th", { scope: "col", role: "columnheader", class: `d-${index}` });
@@ -64,7 +66,13 @@ export class Decisions {
 
   async read() {
     if (!this.shown || document.hidden) return;
-    const found = await ask(`decisions?limit=${SHOWN}${this.failed.checked ? "&failed=1" : ""}`);
+    const failed = this.failed.checked;
+    this.asked += 1;
+    const turn = this.asked;
+    const found = await ask(`decisions?limit=${SHOWN}${failed ? "&failed=1" : ""}`);
+    // A late answer does not replace a newer one, nor the answer to another question.
+    if (turn < this.answered || failed !== this.failed.checked) return;
+    this.answered = turn;
     this.problem = found.problem ?? "";
     if (found.decisions) this.rows = found.decisions;
     this.draw();

@@ -69,9 +69,13 @@ export class Explain {
     const model = this.model.value.trim();
     toAddress("ask", model);
     const body = this.body.value.trim();
-    this.found = body
+    this.asked = (this.asked ?? 0) + 1;
+    const turn = this.asked;
+    const found = body
       ? await ask("explain", { method: "POST", body, headers: { "content-type": "application/json" } })
       : await ask(`explain${model ? `?model=${encodeURIComponent(model)}` : ""}`);
+    if (turn !== this.asked) return; // asked something else meanwhile
+    this.found = found;
     this.draw();
   }
 

@@ -29,6 +29,17 @@ const COARSE = 360;
 /** Two rows further apart than so many intervals have a gap between them. */
 const GAP = 3.5;
 
+/** Put a row without values into each gap of columns, times first, so that no line crosses it. */
+function withGaps(columns, interval) {
+  const [times] = columns;
+  const wide = (index) => index > 0 && times[index] - times[index - 1] > interval * GAP;
+  if (!times.some((_, index) => wide(index))) return columns;
+  return columns.map((column) => column.flatMap((value, index) => {
+    if (!wide(index)) return [value];
+    return [column === times ? times[index - 1] + interval : null, value];
+  }));
+}
+
 const rowOf = (snapshot) => FIGURES.map((name) => READ[name](snapshot) ?? null);
 
 /** Means, as the router thins its own; the greatest of a high percentile. */
@@ -93,9 +104,12 @@ export class History {
     this.loads = new Map();
     this.servers = new Map();
     this.newest = 0;
+    /** Seconds between two rows; more than one where snapshots come less often. */
+    this.interval = 1;
   }
 
   hello(message) {
+    this.interval = Math.max(1, message.config?.feed_interval ?? 1);
     this.fine.load(message.history);
     this.coarse.load(message.hour);
     this.pending = [];
@@ -150,14 +164,14 @@ export class History {
     const { times, rows } = this.servers.get(name) ?? { times: [], rows: [] };
     const picked = names.map((figure) => SERVER_FIGURES.indexOf(figure));
     const columns = picked.map((column) => rows.map((row) => row[column]));
-    if (!names.includes("load")) return [[...times], ...columns];
+    if (!names.includes("load")) return withGaps([[...times], ...columns], this.interval);
     const loads = this.loads.get(name) ?? [];
     const before = loads.slice(0, Math.max(0, loads.length - times.length));
     const first = times[0] ?? this.fine.times.at(-1) ?? 0;
-    return [
+    return withGaps([
       [...before.map((_, index) => first - (before.length - index)), ...times],
       ...columns.map((values, index) => [...before.map((load) => (names[index] === "load" ? load : null)), ...values]),
-    ];
+    ], this.interval);
   }
 
   /** One figure of the last five minutes. */
@@ -183,12 +197,12 @@ export class History {
     };
     const fineStart = this.fine.times[0] ?? end;
     this.coarse.times.forEach((time, index) => {
-      if (time >= start && time < fineStart) put(time, this.coarse.rows[index], COARSE_STEP);
+      if (time >= start && time < fineStart) put(time, this.coarse.rows[index], COARSE_STEP * this.interval);
     });
     this.fine.times.forEach((time, index) => {
       if (time >= start) {
         const first = columns[0].length > 0 && columns[0].at(-1) < fineStart;
-        put(time, this.fine.rows[index], first ? COARSE_STEP : 1);
+        put(time, this.fine.rows[index], (first ? COARSE_STEP : 1) * this.interval);
       }
     });
     return { columns, start, end };

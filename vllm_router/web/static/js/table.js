@@ -229,8 +229,11 @@ export class Table {
     addEventListener("keydown", (event) => {
       const typing = event.target.closest?.("input, select, textarea, dialog");
       if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+        // The field of the view that is shown; without one the key is the browser's.
+        const field = [byId("search"), byId("decisions-search")].find((one) => one.offsetParent !== null);
+        if (!field) return;
         event.preventDefault();
-        byId("search").focus();
+        field.focus();
       }
     });
     this.words();
