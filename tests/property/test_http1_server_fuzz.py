@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.fuzzing import EXAMPLES
-from vllm_router.http.server.server import Server
+from vllm_router.http.server.lane import Lane
 from vllm_router.http.server.stream_connection import StreamConnection
 
 # Refusals that h11 does not share, each with its reason.
@@ -125,7 +125,7 @@ def through_the_lane(pieces: list[bytes]) -> Seen:
         await send({"type": "http.response.body", "body": b""})
 
     stream = Script(pieces)
-    trio.run(StreamConnection(Server(app), stream).run)
+    trio.run(StreamConnection(Lane(app), stream).run)
     *_, last = bytes(stream.received).split(b"HTTP/1.1 ")
     if last and not last.startswith((b"200", b"100")):
         _, _, body = last.partition(b"\r\n\r\n")

@@ -12,7 +12,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 from vllm_router.routing.queue.waiting_queue import WaitingQueue
 
 SERVERS = {"a": "xy", "b": "x", "c": "z", "d": "yz"}
@@ -70,15 +70,15 @@ class Overload(RuleBasedStateMachine):
 
     # -- admission ----------------------------------------------------------------------------
 
-    def give(self, one: Request) -> Verdict:
+    def give(self, one: Request) -> OfferResult:
         free = self.free(one)
         if not free:
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         one.server = free[0]
         self.check_order(one)
         self.waiting.remove(one)
         self.running.append((free[0], one))
-        return Verdict.SERVED
+        return OfferResult.SERVED
 
     def check_order(self, served: Request) -> None:
         """Check that no waiting request was entitled to the server instead."""

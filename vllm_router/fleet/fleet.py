@@ -15,7 +15,7 @@ from vllm_router.fleet.load import EWMA_WEIGHT
 from vllm_router.fleet.model_seeds import ModelSeeds
 from vllm_router.fleet.outliers import may_eject, outlier_reason
 from vllm_router.fleet.reason import because
-from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.refusals import RequestKind
 from vllm_router.fleet.server import ChangeLog, Server
 from vllm_router.fleet.speed import SpeedPool
 from vllm_router.fleet.state import State, Transition
@@ -78,12 +78,12 @@ class Fleet:
         self.on_failed: list[Callable[[Server, float], None]] = []
         self.on_stale_model_list: list[Callable[[Server], None]] = []
         self._by_url: dict[str, Server] = {}
-        self._ready: dict[str | None, tuple[Server, ...]] = {}
+        self._cached: dict[str | None, tuple[Server, ...]] = {}
         self.selective: frozenset[Server] = frozenset()
         self._context_lengths = ContextLengths()
         self._due: dict[Server, float] = {}
         self._fitting: dict[tuple[object, ...], tuple[Server, ...]] = {}
-        self._ready_until = float("inf")
+        self._cached_until = float("inf")
         self._changed: set[Server] = set()
         self._advancing: set[Server] = set()
         self._advance_at = 0.0
@@ -132,7 +132,7 @@ class Fleet:
                 kept.append(server)
                 if not same or server.config != wanted:
                     server.apply(wanted, settings)
-            self._note(server)
+            self._mark_changed(server)
             by_url[wanted.url] = server
         removed = [server for url, server in old.items() if url not in by_url]
         for server in removed:
@@ -153,7 +153,7 @@ class Fleet:
         self._prepared_for = None
         self.servers = {server.name: server for server in by_url.values()}
         self.seeds.follow(self.names, self.servers)
-        self._forget_ready()
+        self._drop_cached()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
 
     def prepare(self, config: Config) -> Iterator[Server]:
@@ -176,7 +176,7 @@ class Fleet:
         return server
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return Server(wanted, settings, self._note)
+        return Server(wanted, settings, self._mark_changed)
 
     def _returning(self, wanted: ServerConfig) -> Server | None:
         """A removed server that was added again before its last request ended keeps its state."""
@@ -213,18 +213,18 @@ class Fleet:
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
         """The servers that may get a request for `model` now; any model if None. See `choose`."""
-        if now >= self._ready_until or self._changed:
+        if now >= self._cached_until or self._changed:
             self.settle(now)
         elif self._advancing and now >= self._advance_at:
             self._advance(now)
-        ready = self._ready.get(model)
+        ready = self._cached.get(model)
         if ready is None:
             ready = choose(self.servers.values(), model, now, ())
             # Unknown names are not cached: clients may invent any number of them.
             if model is None or self.knows(model):
-                if len(self._ready) >= self.MAX_CACHED_MODELS:
-                    self._ready.clear()
-                self._ready[model] = ready
+                if len(self._cached) >= self.MAX_CACHED_MODELS:
+                    self._cached.clear()
+                self._cached[model] = ready
         return ready
 
     def others(
@@ -235,7 +235,7 @@ class Fleet:
         As for a first attempt, an ejected server is better than none: a good response to this
         request ends the ejection.
         """
-        if now >= self._ready_until or self._changed:
+        if now >= self._cached_until or self._changed:
             self.settle(now)
         return choose(self.servers.values(), model, now, tried)
 
@@ -244,7 +244,7 @@ class Fleet:
         model: str | None,
         now: float,
         tried: Collection[Server],
-        asked: Asked,
+        asked: RequestKind,
         tokens: int = 0,
         longer_than: int = 0,
     ) -> tuple[Server, ...]:
@@ -277,7 +277,7 @@ class Fleet:
     @property
     def cached_models(self) -> int:
         """The number of models with cached candidates."""
-        return len(self._ready)
+        return len(self._cached)
 
     def knows(self, model: str) -> bool:
         """Whether any server, up or down, lists the model, or the configuration expects it."""
@@ -334,12 +334,12 @@ class Fleet:
 
     # -- change -------------------------------------------------------------------------------
 
-    def _note(self, server: Server) -> None:
+    def _mark_changed(self, server: Server) -> None:
         self._changed.add(server)
 
-    def _forget_ready(self) -> None:
-        self._ready.clear()
-        self._ready_until = -float("inf")
+    def _drop_cached(self) -> None:
+        self._cached.clear()
+        self._cached_until = -float("inf")
 
     def settle(self, now: float) -> None:
         """Update states, announce transitions, and drop outdated candidates.
@@ -348,10 +348,10 @@ class Fleet:
         transitions are announced without requests, too. O(changed servers), at most
         SETTLED_AT_ONCE; the rest follows in the next call. Candidates do not depend on states.
         """
-        if now < self._ready_until and not self._changed:
+        if now < self._cached_until and not self._changed:
             return
         changed = self._changed.union([s for s, moment in self._due.items() if moment <= now])
-        self._ready.clear()
+        self._cached.clear()
         self._fitting.clear()
         self.seeds.follow(self.names, self.servers)
         servers = self._in_order(changed)
@@ -374,7 +374,7 @@ class Fleet:
                 self._advancing.add(server)
                 if not server.advance(now):
                     self._advancing.discard(server)
-        self._ready_until = min(self._due.values(), default=float("inf"))
+        self._cached_until = min(self._due.values(), default=float("inf"))
         if now >= self._advance_at:
             self._advance(now)
         for follow in self.on_settled:
@@ -499,7 +499,7 @@ class Fleet:
         """The server has refused a trial again."""
         server.refused_again(name, now)
 
-    def accepted(self, server: Server, asked: Asked) -> None:
+    def accepted(self, server: Server, asked: RequestKind) -> None:
         """The server has accepted such a request."""
         server.accepted(asked)
 

@@ -35,7 +35,7 @@ SHOWN = 3
 """Refusals that the reason of a server's state names."""
 
 
-class Asked(msgspec.Struct, frozen=True, gc=False):
+class RequestKind(msgspec.Struct, frozen=True, gc=False):
     """The properties of a request that a server may refuse: path, model, and bytes of body."""
 
     path: str
@@ -73,11 +73,11 @@ class Refusal(msgspec.Struct, array_like=True):
         self.times += 1
         self.at, self.until = now, now + min(hold * self.times, max(hold, LONGEST))
 
-    def concerns(self, asked: Asked) -> bool:
+    def concerns(self, asked: RequestKind) -> bool:
         return self.what in _names(asked) and asked.size >= self.size
 
 
-def _names(asked: Asked) -> tuple[str, ...]:
+def _names(asked: RequestKind) -> tuple[str, ...]:
     return (asked.path,) if asked.model is None else (asked.path, MODEL + asked.model)
 
 
@@ -134,7 +134,7 @@ class Refusals:
         refusal.confirm(now, hold)
         return True
 
-    def answered(self, asked: Asked) -> bool:
+    def answered(self, asked: RequestKind) -> bool:
         """The server has accepted such a request; True if that ends a confirmed refusal."""
         over = [refusal for refusal in self.known.values() if refusal.concerns(asked)]
         for refusal in over:
@@ -149,7 +149,7 @@ class Refusals:
             del self.known[what]
         return bool(over)
 
-    def refuses(self, asked: Asked, now: float) -> bool:
+    def refuses(self, asked: RequestKind, now: float) -> bool:
         """Whether the server would refuse the request now."""
         return any(now < one.until and one.concerns(asked) for one in self.known.values())
 

@@ -23,7 +23,7 @@ from vllm_router.fleet.load import LoadEstimate
 from vllm_router.fleet.model_catalog import ModelCatalog
 from vllm_router.fleet.passive_health import PassiveHealth
 from vllm_router.fleet.reason import NONE, Reason, because
-from vllm_router.fleet.refusals import Asked, Refusals
+from vllm_router.fleet.refusals import Refusals, RequestKind
 from vllm_router.fleet.silence import (
     LEFT_AFTER,
     LEFT_TIMES,
@@ -408,12 +408,12 @@ class Server:
         if self.refusals.refused_again(name, now, hold=self.passive_health.rules.ejection_time):
             self._on_change(self)
 
-    def accepted(self, asked: Asked) -> None:
+    def accepted(self, asked: RequestKind) -> None:
         """It has accepted such a request."""
         if self.refusals.answered(asked):
             self._on_change(self)
 
-    def fits(self, asked: Asked, now: float, tokens: int, longer_than: int) -> bool:
+    def fits(self, asked: RequestKind, now: float, tokens: int, longer_than: int) -> bool:
         """Whether a request may be sent to it, given its refusals and context lengths.
 
         `tokens` is the context that the request needs at least, `longer_than` the context of

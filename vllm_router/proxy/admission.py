@@ -27,7 +27,7 @@ from vllm_router.proxy.session_admission import CHECK_EVERY, SessionAdmission
 from vllm_router.proxy.waiter import Grant, Peers, Ticket, Waiter
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.queue.drain_rate import MARGIN
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 from vllm_router.routing.queue.model_queue import ModelQueue
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
 
@@ -456,7 +456,7 @@ class AdmissionQueue:
             self._admitting = self.fleet.frozen = False
         self._repeat_if_missed(now)
 
-    def _serve(self, entry: QueueEntry, now: float) -> Verdict:
+    def _serve(self, entry: QueueEntry, now: float) -> OfferResult:
         """Give a waiting request a server, or a refusal, if possible."""
         peers = self._peers
         if not isinstance(entry, Waiter):
@@ -470,7 +470,7 @@ class AdmissionQueue:
             entry.refused = ticket.rejection(now)
         if entry.refused is not None:
             entry.woken.set()
-            return Verdict.DISMISSED
+            return OfferResult.DISMISSED
         candidates = ticket.candidates(now)
         try:
             entry.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
@@ -478,14 +478,14 @@ class AdmissionQueue:
             # Not in the task of the request whose end has freed the server.
             entry.refused = error
             entry.woken.set()
-            return Verdict.DISMISSED
+            return OfferResult.DISMISSED
         if entry.grant is None:
             if peers is not None and all(server.at_cap for server in candidates):
                 peers.passed_over(entry, now)
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         entry.server = entry.grant[1].server
         entry.woken.set()
-        return Verdict.SERVED
+        return OfferResult.SERVED
 
     def _refuse(self, waiter: Waiter, refused: Refused, now: float) -> None:
         self._leave(waiter, now)

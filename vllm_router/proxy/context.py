@@ -20,7 +20,7 @@ from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.body import Bodies
 from vllm_router.proxy.failures import Failures
 from vllm_router.proxy.headers import RequestHeads
-from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.key_limits import KeyLimits
 from vllm_router.proxy.quarantine import Quarantine
 from vllm_router.proxy.record import Record, Tracer
 from vllm_router.proxy.retry import RetryBudget
@@ -86,7 +86,7 @@ class ProxyContext:
     budget: RetryBudget = field(default_factory=RetryBudget)
     quarantine: Quarantine = field(default_factory=Quarantine)
     failures: Failures = field(default_factory=Failures)
-    usage: Usage = field(default_factory=Usage)
+    key_limits: KeyLimits = field(default_factory=KeyLimits)
     bodies: Bodies = field(default_factory=Bodies)
     body_turns: trio.Lock = field(default_factory=trio.Lock)
     known_bodies: EarlierBodies = field(default_factory=KnownBodies)

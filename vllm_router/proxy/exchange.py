@@ -128,7 +128,7 @@ class Exchange:
         try:
             if key is not None:
                 record.key_name = key.name
-                context.usage.enter(key, record.started_at)
+                context.key_limits.enter(key, record.started_at)
                 entered = True
             await self._read()
             if self._server_cancels:
@@ -147,7 +147,7 @@ class Exchange:
             if self._share.size:
                 self._share.give_back()
             if entered and key is not None:
-                context.usage.leave(key, trio.current_time() - record.started_at)
+                context.key_limits.leave(key, trio.current_time() - record.started_at)
             if record.phase is not DONE and record.outcome is None:
                 record.outcome = Outcome.STOPPED if context.stopping else Outcome.CLIENT_GONE
             record.ended_at = context.now()

@@ -45,7 +45,7 @@ def new_use(key: KeyConfig, now: float) -> Use:
     return Use(max(key.requests_per_minute or 0.0, 1.0), now)
 
 
-class Usage:
+class KeyLimits:
     """The use of every key, by name; kept across reloads.
 
     routers: the routers that share the limits without hearing of each other: each enforces its

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_router.fleet.refusals import MODEL, Asked
+from vllm_router.fleet.refusals import MODEL, RequestKind
 from vllm_router.proxy.headers import is_packed
 from vllm_router.proxy.quarantine import fingerprint
 from vllm_router.proxy.retry import ANSWERED, Outcome
@@ -60,10 +60,10 @@ class Selection:
         self.longer_than = 0
         """The longest context in tokens that has proved too short; 0 if none has."""
 
-    def asked(self) -> Asked:
+    def asked(self) -> RequestKind:
         """The properties of the request that servers accept or refuse."""
         path = self._record.path[:LONGEST_PATH].decode("latin-1")
-        return Asked(path, self._request.info.model, self._record.bytes_in)
+        return RequestKind(path, self._request.info.model, self._record.bytes_in)
 
     def servers(self, now: float, tried: Sequence[Server]) -> tuple[Server, ...]:
         """The servers that may accept the request; see `Fleet.fitting`."""

@@ -15,7 +15,7 @@ from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.routing.policies import Policy
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 
 
 class Ticket(Protocol):
@@ -136,7 +136,7 @@ class Peers(Protocol):
     def begin(self, now: float) -> None:
         """A pass over all entries begins."""
 
-    def reserve(self, entry: QueueEntry, now: float) -> Verdict:
+    def reserve(self, entry: QueueEntry, now: float) -> OfferResult:
         """Reserve a server for an entry of another process: HELD, or BLOCKED without one."""
 
     def passed_over(self, waiter: Waiter, now: float) -> None:

@@ -13,7 +13,7 @@ from vllm_router.routing.adapters import WAIT_PENALTY
 from vllm_router.routing.score_cache import AFFINITY_BONUS, ScoreCache
 
 
-class Asked(NamedTuple):
+class ScoredRequest(NamedTuple):
     """The request. `levels` and `bonus`: see `ScoreCache.scores`.
 
     `tokens`, `uncached`, `turns`, `delay`: see `ScoreCache.with_prompt`. `swap`: tokens that
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
 class ScoreTable:
     """The figures of all candidates for one request, copied at one moment."""
 
-    def __init__(self, cache: ScoreCache, asked: Asked, now: float) -> None:
+    def __init__(self, cache: ScoreCache, asked: ScoredRequest, now: float) -> None:
         estimates = cache.estimates
         loads = [one.server.load_estimate for one in estimates]
         self._asked = asked
@@ -85,7 +85,7 @@ class ScoreTable:
         }
 
 
-class Parts(Mapping[str, float]):
+class ScoreTerms(Mapping[str, float]):
     """The terms of one candidate by name, computed with the first look."""
 
     __slots__ = ("_found", "_position", "_table")

@@ -12,7 +12,7 @@ import trio
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.admission import PeersMaker
-from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.key_limits import KeyLimits
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.background import Task
@@ -106,12 +106,12 @@ class NoOtherProcesses:
 class Parts:
     """The defaults make a router of one process.
 
-    `fleet`, `usage` and `make_peers` share leases, key limits and queues with other processes.
+    `fleet`, `key_limits` and `make_peers` share leases, key limits and queues with other processes.
     With `reports`, events are reported to the leader: this process keeps no metrics and no feed.
     """
 
     fleet: Fleet | None = None
-    usage: Usage | None = None
+    key_limits: KeyLimits | None = None
     make_peers: PeersMaker | None = None
     reports: ReportSink | None = None
     make_probes: Callable[[ProbeContext], ProbeSource] = ActiveProbes

@@ -114,8 +114,8 @@ class Supervisor:
             parts.make_peers,
         )
         self.proxy.context.tracer = telemetry
-        if parts.usage is not None:
-            self.proxy.context.usage = parts.usage
+        if parts.key_limits is not None:
+            self.proxy.context.key_limits = parts.key_limits
         self._parts = parts
         self._choose_recorded_fields(config)
         self.nudge = Nudge()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 
 from support.fleet_makers import come_up, go_down, make_config, make_fleet
-from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, MAX_REFUSALS, Asked, Refusals
+from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, MAX_REFUSALS, Refusals, RequestKind
 from vllm_router.fleet.state import State
 
 ROUTE = "/v1/responses"
 
 
-def asked(size: int = 100, path: str = ROUTE, model: str | None = "m") -> Asked:
-    return Asked(path, model, size)
+def asked(size: int = 100, path: str = ROUTE, model: str | None = "m") -> RequestKind:
+    return RequestKind(path, model, size)
 
 
 def refuse(refusals: Refusals, now: float, *, name: str = ROUTE, size: int = 0, body: int = 1):

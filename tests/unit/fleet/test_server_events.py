@@ -8,7 +8,7 @@ import pytest
 
 from support.fleet_makers import detail, eject, gauges, make_config, shown_state
 from support.watched_server import NEVER, Watched, watched
-from vllm_router.fleet.refusals import FORGET_AFTER, Asked
+from vllm_router.fleet.refusals import FORGET_AFTER, RequestKind
 from vllm_router.fleet.server import (
     ChangeLog,
     Server,
@@ -293,7 +293,7 @@ def test_server_model_list_ends_refusals_of_models():
 
 def test_server_refusals_report_each_change_once():
     server = watched(auto_recovery_threshold=5)
-    asked = Asked("/v1/x", "m", 10)
+    asked = RequestKind("/v1/x", "m", 10)
     server.accepted_elsewhere("/v1/x", 0, "403", 0.0, body=1, sure=False)
     assert not server.reported()
     server.accepted_elsewhere("/v1/x", 0, "404", 0.0, body=1, sure=True)
@@ -305,7 +305,7 @@ def test_server_refusals_report_each_change_once():
     assert server.reported()
     assert server.refusals.moments() == [15.0]
     assert server.current_state(6.0)[0] is State.REFUSING
-    server.accepted(Asked("/v1/y", "m", 10))
+    server.accepted(RequestKind("/v1/y", "m", 10))
     assert not server.reported()
     server.accepted(asked)
     assert server.reported()
@@ -329,6 +329,6 @@ def test_server_refusals_report_each_change_once():
 def test_server_fits_by_context_length(length, model, tokens, longer_than, fits):
     server = watched()
     server.listed({"m": {"id": "m", **({"max_model_len": length} if length else {})}}, 1.0)
-    assert server.fits(Asked("/v1/x", model, 10), 1.0, tokens, longer_than) is fits
+    assert server.fits(RequestKind("/v1/x", model, 10), 1.0, tokens, longer_than) is fits
     server.accepted_elsewhere("/v1/x", 0, "404", 1.0, body=1, sure=True)
-    assert server.fits(Asked("/v1/x", model, 10), 2.0, tokens, longer_than) is False
+    assert server.fits(RequestKind("/v1/x", model, 10), 2.0, tokens, longer_than) is False

@@ -14,8 +14,8 @@ from vllm_router.http.chunked import ChunkedBody
 from vllm_router.http.http_error import HttpError
 from vllm_router.http.request_head import Head
 from vllm_router.http.request_line import split_target
+from vllm_router.http.server.lane import Lane
 from vllm_router.http.server.response_writer import ResponseWriter
-from vllm_router.http.server.server import Server
 from vllm_router.http.server.socket_connection import SocketConnection
 from vllm_router.http.server.stream_connection import StreamConnection
 from vllm_router.http.syntax import valid_host
@@ -236,7 +236,7 @@ async def test_server_request_at_end_of_patience_is_answered():
     client, side = socket.socketpair()
     with client:
         side.setblocking(False)
-        connection = SocketConnection(Server(nothing), side)
+        connection = SocketConnection(Lane(nothing), side)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
             await trio.testing.wait_all_tasks_blocked()
@@ -259,7 +259,7 @@ async def test_server_drain_loses_no_request_being_handed_over():
         moved.append(await StreamConnection(server, side).run())
 
     for _ in range(8):  # Trio schedules tasks in random order
-        server = Server(nothing, accepts=not_here)
+        server = Lane(nothing, accepts=not_here)
         client, side = trio.testing.memory_stream_pair()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
@@ -301,7 +301,7 @@ class Memory:
     """The lane over memory streams."""
 
     def __init__(self, nursery: trio.Nursery, app, **limits: float) -> None:
-        self.server = Server(app, limits=Limits(**limits))
+        self.server = Lane(app, limits=Limits(**limits))
         self.client, side = trio.testing.memory_stream_pair()
         nursery.start_soon(self.server.watch)
         nursery.start_soon(StreamConnection(self.server, side).run)

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from vllm_router.http.asgi_types import OUTLET
 from vllm_router.http.server.asgi_connection import ClientDisconnected
-from vllm_router.http.server.server import Server
+from vllm_router.http.server.lane import Lane
 from vllm_router.http.server.socket_connection import SocketConnection
 
 pytestmark = pytest.mark.usefixtures("socket_kind")
@@ -53,7 +53,7 @@ async def served(play: Play) -> AsyncIterator[Peer]:
     peer = Peer(theirs)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(SocketConnection(Server(app), ours).run)
+            nursery.start_soon(SocketConnection(Lane(app), ours).run)
             yield peer
             peer.socket.close()
 

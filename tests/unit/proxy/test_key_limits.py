@@ -10,14 +10,14 @@ from support.fleet_makers import make_config
 from support.key_makers import key, refusal
 from vllm_router.config.origins import is_own
 from vllm_router.errors import Refused
-from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.key_limits import KeyLimits
 from vllm_router.routing.paths import classify
 from vllm_router.web.access import is_local_name
 from vllm_router.web.guard import Area, Guard, area_of
 
 
 def test_rate_limit_allows_burst_of_a_minute_and_refills():
-    usage, limited = Usage(), key(requests_per_minute=3)
+    usage, limited = KeyLimits(), key(requests_per_minute=3)
     for _ in range(3):
         usage.enter(limited, 100.0)
     refused = refusal(usage, limited, 100.0)
@@ -29,14 +29,14 @@ def test_rate_limit_allows_burst_of_a_minute_and_refills():
 
 
 def test_rate_limit_below_one_per_minute_allows_one_at_a_time():
-    usage, limited = Usage(), key(requests_per_minute=0.5)
+    usage, limited = KeyLimits(), key(requests_per_minute=0.5)
     usage.enter(limited, 0.0)
     assert refusal(usage, limited, 100.0).retry_after == pytest.approx(20.0)
     usage.enter(limited, 121.0)
 
 
 def test_concurrency_limit_refuses_until_one_ends():
-    usage, limited = Usage(), key(max_concurrent_requests=2)
+    usage, limited = KeyLimits(), key(max_concurrent_requests=2)
     usage.enter(limited, 0.0)
     usage.enter(limited, 0.0)
     assert refusal(usage, limited, 0.0).code == "key_concurrency_exceeded"
@@ -46,7 +46,7 @@ def test_concurrency_limit_refuses_until_one_ends():
 
 
 def test_concurrency_limit_retry_after_is_expected_end():
-    usage, limited = Usage(), key(max_concurrent_requests=2)
+    usage, limited = KeyLimits(), key(max_concurrent_requests=2)
     for _ in range(100):
         usage.enter(limited, 0.0)
         usage.leave(limited, 30.0)
@@ -57,7 +57,7 @@ def test_concurrency_limit_retry_after_is_expected_end():
 
 
 def test_rate_limit_refused_request_uses_nothing():
-    usage, limited = Usage(), key(max_concurrent_requests=1, requests_per_minute=2)
+    usage, limited = KeyLimits(), key(max_concurrent_requests=1, requests_per_minute=2)
     usage.enter(limited, 0.0)
     refusal(usage, limited, 0.0)
     usage.leave(limited, 1.0)
@@ -68,7 +68,7 @@ def test_rate_limit_refused_request_uses_nothing():
 
 
 def test_rate_limit_follows_reload_and_keeps_count():
-    usage = Usage()
+    usage = KeyLimits()
     usage.enter(key(), 0.0)
     assert refusal(usage, key(max_concurrent_requests=1), 0.0).status == 429
     usage.leave(key(), 1.0)
@@ -79,7 +79,7 @@ def test_rate_limit_follows_reload_and_keeps_count():
 def test_rate_limit_is_never_exceeded_by_more_than_a_minutes_worth(
     moments: list[float], rate: float
 ):
-    usage, limited, admitted = Usage(), key(requests_per_minute=rate), 0
+    usage, limited, admitted = KeyLimits(), key(requests_per_minute=rate), 0
     waits = []
     for now in sorted(moments):
         try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from support.key_makers import key, refusal
-from vllm_router.proxy.key_limits import Usage, Use, new_use
+from vllm_router.proxy.key_limits import KeyLimits, Use, new_use
 
 
 def test_concurrency_limit_of_short_requests_waits_a_second_at_least():
-    usage, limited = Usage(), key(max_concurrent_requests=2)
+    usage, limited = KeyLimits(), key(max_concurrent_requests=2)
     usage.enter(limited, 0.0)
     usage.enter(limited, 0.0)
     refused = refusal(usage, limited, 0.0)
@@ -25,7 +25,7 @@ def test_limits_new_use_has_full_bucket_and_mean_of_a_second():
 
 
 def test_limits_mean_duration_follows_a_tenth_of_each_request():
-    usage, limited = Usage(), key(max_concurrent_requests=1)
+    usage, limited = KeyLimits(), key(max_concurrent_requests=1)
     usage.enter(limited, 0.0)
     usage.leave(limited, 41.0)
     usage.enter(limited, 0.0)
@@ -44,7 +44,7 @@ def test_rate_limit_bucket_holds_a_minute_and_at_least_one():
 
 
 def test_limits_of_unlimited_key_only_count():
-    usage = Usage()
+    usage = KeyLimits()
     assert usage.running("a") == 0
     for _ in range(3):
         usage.enter(key(), 0.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 from vllm_router.routing.queue.waiting_queue import OWNER_BITS, WaitingQueue
 
 ANY = Route(frozenset({"server"}))
@@ -29,11 +29,11 @@ def line(*entries: QueueEntry) -> WaitingQueue[QueueEntry]:
 def served(queue: WaitingQueue[QueueEntry], free: int) -> list[QueueEntry]:
     """The waiters that get one of `free` servers, each good for every request."""
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         nonlocal free
         free -= 1
         one.server = "server"
-        return Verdict.SERVED if free >= 0 else Verdict.BLOCKED
+        return OfferResult.SERVED if free >= 0 else OfferResult.BLOCKED
 
     return queue.admit(0.0, give)
 
@@ -41,9 +41,9 @@ def served(queue: WaitingQueue[QueueEntry], free: int) -> list[QueueEntry]:
 def only(condition: Any) -> Any:
     """A `give` with servers for these waiters alone."""
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         one.server = "server"
-        return Verdict.SERVED if condition(one) else Verdict.BLOCKED
+        return OfferResult.SERVED if condition(one) else OfferResult.BLOCKED
 
     return give
 
@@ -119,9 +119,9 @@ def test_waiting_turn_on_one_server_is_free_on_others():
     b = entry("slow", key="other", route=Route(frozenset({"s"})))
     queue = line(*quick, a, b)
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         one.server = "q"
-        return Verdict.SERVED if one.model == "quick" else Verdict.BLOCKED
+        return OfferResult.SERVED if one.model == "quick" else OfferResult.BLOCKED
 
     queue.admit(1.0, give)
     assert served_on(queue, "s", 1) == [a]
@@ -130,13 +130,13 @@ def test_waiting_turn_on_one_server_is_free_on_others():
 def served_on(queue: WaitingQueue[QueueEntry], server: str, free: int) -> list[QueueEntry]:
     """The waiters that get one of `free` slots of a server."""
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         nonlocal free
         if server not in one.route.servers or not free:
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         free -= 1
         one.server = server
-        return Verdict.SERVED
+        return OfferResult.SERVED
 
     return queue.admit(2.0, give)
 
@@ -150,10 +150,10 @@ def test_waiting_held_place_stays_and_next_are_asked_in_order():
     queue = line(*theirs, *ours)
     asked = []
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         asked.append(one)
         one.server = "server"
-        return Verdict.HELD if one.owner else Verdict.SERVED
+        return OfferResult.HELD if one.owner else OfferResult.SERVED
 
     assert queue.admit(0.0, give) == ours[::-1]
     assert asked == [theirs[0], theirs[2], ours[1], theirs[1], ours[0]]
@@ -166,10 +166,10 @@ def test_waiting_held_place_keeps_turn_and_place():
     for _ in range(3):
         asked = []
 
-        def hold(one: QueueEntry, asked: list[QueueEntry] = asked) -> Verdict:
+        def hold(one: QueueEntry, asked: list[QueueEntry] = asked) -> OfferResult:
             asked.append(one)
             one.server = "server"
-            return Verdict.HELD
+            return OfferResult.HELD
 
         assert queue.admit(0.0, hold) == []
         assert asked == [theirs[0], theirs[2], theirs[1]]
@@ -180,9 +180,9 @@ def test_waiting_held_place_keeps_its_turn_while_others_of_its_key_wait():
     theirs = [entry(key=key, owner=1) for key in "aab"]
     queue = line(*theirs)
 
-    def hold_first(one: QueueEntry) -> Verdict:
+    def hold_first(one: QueueEntry) -> OfferResult:
         one.server = "server"
-        return Verdict.HELD if one is theirs[0] else Verdict.BLOCKED
+        return OfferResult.HELD if one is theirs[0] else OfferResult.BLOCKED
 
     assert queue.admit(0.0, hold_first) == []
     assert served(queue, 3) == [theirs[0], theirs[2], theirs[1]]
@@ -193,9 +193,15 @@ def test_waiting_turn_taken_meanwhile_counts_after_hold():
     later, other = entry(key="a", owner=1), entry(key="b", owner=1)
     queue = line(theirs, ours, later, other)
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         one.server = "server"
-        return Verdict.HELD if one is theirs else Verdict.SERVED if one is ours else Verdict.BLOCKED
+        return (
+            OfferResult.HELD
+            if one is theirs
+            else OfferResult.SERVED
+            if one is ours
+            else OfferResult.BLOCKED
+        )
 
     queue.leave(other, 0.0)
     assert queue.admit(0.0, give) == [ours]
@@ -271,11 +277,11 @@ def test_waiting_count_ahead_follows_priority_and_turns():
 def test_waiting_admission_checks_few_however_many_wait(keys: int, models: int):
     asked = 0
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         nonlocal asked
         asked += 1
         one.server = "server"
-        return Verdict.SERVED if asked == 1 else Verdict.BLOCKED
+        return OfferResult.SERVED if asked == 1 else OfferResult.BLOCKED
 
     for waiting in (2, 4000):
         asked = 0
@@ -320,9 +326,9 @@ def test_waiting_dismissed_entry_costs_no_turn_and_frees_no_server():
     rate = queue.model_queue("m").rate
     rate.begin(0.0)
 
-    def give(one: QueueEntry) -> Verdict:
+    def give(one: QueueEntry) -> OfferResult:
         one.server = "server"
-        return Verdict.DISMISSED if one is first else Verdict.BLOCKED
+        return OfferResult.DISMISSED if one is first else OfferResult.BLOCKED
 
     assert queue.admit(1.0, give) == [first]
     assert not rate.is_current

@@ -22,7 +22,7 @@ def shared(monkeypatch: pytest.MonkeyPatch, tables: str = "", **parts: Any) -> A
         peers=SimpleNamespace(siblings=lambda _now: parts.get("siblings", {})),
         settle=None,
     )
-    context = SimpleNamespace(usage=None)
+    context = SimpleNamespace(key_limits=None)
     router: Any = SimpleNamespace(
         fleet=fleet,
         config=make_config(3, tables=tables),

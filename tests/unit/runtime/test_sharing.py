@@ -94,10 +94,10 @@ class Router:
         count = 0
         for _ in range(wanted):
             try:
-                self.context.usage.enter(key or self.key, trio.current_time())
+                self.context.key_limits.enter(key or self.key, trio.current_time())
             except Refused:
                 break
-            self.context.usage.leave(key or self.key, 0.1)
+            self.context.key_limits.leave(key or self.key, 0.1)
             count += 1
         return count
 
@@ -326,15 +326,15 @@ async def test_sharing_key_rate_holds_for_all_routers_together(autojump_clock: M
 async def test_sharing_key_concurrency_holds_for_all_routers_together(autojump_clock: MockClock):
     async with fleet(Bus(), 2) as (one, other):
         for _ in range(4):
-            one.context.usage.enter(one.key, trio.current_time())
+            one.context.key_limits.enter(one.key, trio.current_time())
         await trio.sleep(3 * PERIOD)
         for _ in range(2):
-            other.context.usage.enter(other.key, trio.current_time())
+            other.context.key_limits.enter(other.key, trio.current_time())
         with pytest.raises(Refused, match="6 requests running already"):
-            other.context.usage.enter(other.key, trio.current_time())
+            other.context.key_limits.enter(other.key, trio.current_time())
         one.scope.cancel()  # it is gone, and its requests with it
         await trio.sleep(2)
-        other.context.usage.enter(other.key, trio.current_time())
+        other.context.key_limits.enter(other.key, trio.current_time())
 
 
 async def test_sharing_key_use_outlasts_a_restart(autojump_clock: MockClock):
@@ -356,20 +356,20 @@ async def test_sharing_key_limits_are_divided_while_the_store_is_gone(autojump_c
         await trio.sleep(3)
         for router in routers:
             router.admitted(1000)
-        assert [router.context.usage.routers for router in routers] == [3, 3, 3]
+        assert [router.context.key_limits.routers for router in routers] == [3, 3, 3]
         total = 0
         for _ in range(60):
             total += sum(router.admitted(100) for router in routers)
             await trio.sleep(1)
         assert total == pytest.approx(RATE, rel=0.05)  # in one minute
         for _ in range(2):
-            routers[0].context.usage.enter(routers[0].key, trio.current_time())
+            routers[0].context.key_limits.enter(routers[0].key, trio.current_time())
             await trio.sleep(1)
         with pytest.raises(Refused):
-            routers[0].context.usage.enter(routers[0].key, trio.current_time())
+            routers[0].context.key_limits.enter(routers[0].key, trio.current_time())
         bus.gone = False
         await trio.sleep(2)
-        assert [router.context.usage.routers for router in routers] == [1, 1, 1]
+        assert [router.context.key_limits.routers for router in routers] == [1, 1, 1]
         # What was spent during the outage is not subtracted once more.
         assert routers[1].admitted(5) == 5
 
@@ -535,7 +535,7 @@ async def test_sharing_store_that_is_never_there_costs_one_line(
         nursery.start_soon(router.run)
         await trio.sleep(30)
         assert not router.shared.up
-        assert router.context.usage.routers == 1
+        assert router.context.key_limits.routers == 1
         assert router.admitted(100) == 100
         nursery.cancel_scope.cancel()
     assert len([one for one in caplog.records if "shared state is down" in one.message]) == 1
@@ -599,7 +599,7 @@ async def test_sharing_follows_a_new_configuration(autojump_clock: MockClock):
         await trio.sleep(3)
         assert second.turns == turns
         assert not one.shared.up
-        assert one.context.usage.routers == 1
+        assert one.context.key_limits.routers == 1
 
 
 async def test_sharing_entry_that_is_too_long_is_skipped(autojump_clock: MockClock):
@@ -646,9 +646,9 @@ async def test_sharing_another_address_keeps_limits_divided_and_reports_its_faul
         assert shared is not None
         caplog.clear()
         one.shared.use(msgspec.structs.replace(shared, address=read_address("redis://new")))
-        assert one.context.usage.routers == 3
+        assert one.context.key_limits.routers == 3
         await trio.sleep(3)
-        assert one.context.usage.routers == 3
+        assert one.context.key_limits.routers == 3
         assert [text for text in caplog.messages if "down: redis://new" in text]
         one.shared.use(None)
-        assert one.context.usage.routers == 1
+        assert one.context.key_limits.routers == 1

@@ -18,7 +18,7 @@ from vllm_router.config.schema import Config
 from vllm_router.config.types import digest_of
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.fleet.capacity import EQUAL_SHARE
-from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.refusals import RequestKind
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES
@@ -259,7 +259,7 @@ def test_workers_refusal_applies_at_once_and_is_reported(router: Router):
 
 def test_workers_refusal_seen_by_one_is_shared_and_ended_by_one(router: Router):
     one, other = router.workers
-    asked = Asked("/v1/responses", "m", 10)
+    asked = RequestKind("/v1/responses", "m", 10)
     one.accepted_elsewhere(
         one.servers["a"], asked.path, 0, "404: no such route", 5.0, body=7, sure=True
     )
@@ -295,7 +295,7 @@ def test_workers_context_lengths_are_shared(router: Router):
     router.leader.servers["a"].listed({"m": {"id": "m", "max_model_len": 100}}, 1.0)
     router.leader.servers["b"].listed({"m": {"id": "m", "max_model_len": 900}}, 1.0)
     router.tell(1.0)
-    asked = Asked("/v1/completions", "m", 10)
+    asked = RequestKind("/v1/completions", "m", 10)
     for worker in router.workers:
         assert worker.lengths_differ
         assert [s.name for s in worker.fitting("m", 1.0, (), asked, tokens=200)] == ["b", "c"]
@@ -354,7 +354,7 @@ def admitted(router: Router, key: KeyConfig, count: int) -> int:
     done = 0
     for number in range(count):
         with contextlib.suppress(Refused):
-            router.workers[number % 2].usage.enter(key, perf_counter())
+            router.workers[number % 2].key_limits.enter(key, perf_counter())
             done += 1
     return done
 
@@ -364,10 +364,10 @@ def test_workers_key_concurrency_is_limited_across_all(board: int):
     router = Router(board, config)
     key = keys_of(config)["few"]
     assert admitted(router, key, 10) == 3
-    router.workers[0].usage.leave(key, 1.0)
+    router.workers[0].key_limits.leave(key, 1.0)
     assert admitted(router, key, 4) == 1
     SharedCounters(board, 3).clear(1)  # with two of them
-    assert router.workers[1].usage.running("few") == 3
+    assert router.workers[1].key_limits.running("few") == 3
     assert admitted(router, key, 10) == 2
 
 
@@ -392,9 +392,9 @@ def test_workers_rate_limit_ignores_history_of_dead_worker(board: int):
     key = keys_of(config)["slow"]
     now = perf_counter()
     for minute in range(10):
-        router.workers[1].usage.enter(key, now + 60 * minute)
+        router.workers[1].key_limits.enter(key, now + 60 * minute)
     again = router.worker(config, 1)
-    again.usage.enter(key, perf_counter())
+    again.key_limits.enter(key, perf_counter())
 
 
 def test_workers_readded_key_counts_running_requests_of_others(board: int):
@@ -404,9 +404,9 @@ def test_workers_readded_key_counts_running_requests_of_others(board: int):
     assert admitted(router, key, 3) == 3
     router.apply(make_config(1), 1.0)
     for number in (0, 1, 0):
-        router.workers[number].usage.leave(key, 1.0)
+        router.workers[number].key_limits.leave(key, 1.0)
     router.apply(config, 2.0)
-    assert [worker.usage.running("few") for worker in router.workers] == [0, 0]
+    assert [worker.key_limits.running("few") for worker in router.workers] == [0, 0]
     assert admitted(router, key, 10) == 3
 
 
@@ -415,14 +415,14 @@ def test_workers_rate_limit_not_charged_twice_after_key_readded(board: int):
     router = Router(board, config)
     key = keys_of(config)["slow"]
     for _ in range(5):
-        router.workers[0].usage.enter(key, perf_counter())
+        router.workers[0].key_limits.enter(key, perf_counter())
     router.apply(make_config(1), 1.0)
     router.leader.apply(config)
     for worker in reversed(router.workers):
         worker.apply(config)
     for worker in router.workers:
         worker.refresh_leases()
-    router.workers[1].usage.enter(key, perf_counter())
+    router.workers[1].key_limits.enter(key, perf_counter())
 
 
 def test_workers_request_outliving_its_key_does_not_count_for_next(board: int):
@@ -430,11 +430,11 @@ def test_workers_request_outliving_its_key_does_not_count_for_next(board: int):
     router = Router(board, config)
     key = keys_of(config)["few"]
     worker = router.workers[0]
-    worker.usage.enter(key, perf_counter())
+    worker.key_limits.enter(key, perf_counter())
     router.apply(make_config(1), 1.0)
     router.apply(make_config(3), 2.0)
     leases = [server.lease(2.0) for server in worker.servers.values()]
-    worker.usage.leave(key, 1.0)
+    worker.key_limits.leave(key, 1.0)
     router.leader.refresh_leases()
     assert [server.in_flight for server in router.leader.servers.values()] == [1, 1, 1]
     assert len(leases) == 3
@@ -496,10 +496,10 @@ def test_workers_limits_of_many_keys_hold_across_all(number: int):
         )
         assert config.auth is not None
         for key in config.auth.keys:
-            one.usage.enter(key, 0.0)
+            one.key_limits.enter(key, 0.0)
         for key in config.auth.keys:
             with pytest.raises(Refused):
-                other.usage.enter(key, 0.0)
+                other.key_limits.enter(key, 0.0)
     finally:
         os.close(fileno)
 

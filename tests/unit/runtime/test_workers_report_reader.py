@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support.web_harness import make_record
-from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.refusals import RequestKind
 from vllm_router.proxy.retry import Outcome
 from vllm_router.runtime.workers.messages import Report, Verdict
 from vllm_router.runtime.workers.report_reader import ReportReader
@@ -51,7 +51,7 @@ def verdict(what: str, **more: Any) -> Verdict:
     return Verdict(what, URL, 5.0, jitter=0.5, **more)
 
 
-ASKED = Asked("/v1/chat/completions", "m", 7)
+ASKED = RequestKind("/v1/chat/completions", "m", 7)
 OF_SERVER = [
     (verdict("answered", trial=True), ("answered", 5.0, {"trial": True})),
     (verdict("refused", retry_after=2.0), ("refused", 5.0, 2.0)),

@@ -114,13 +114,13 @@ async def test_leader_known_gives_a_new_worker_all_blocks_and_its_share(autojump
     async with trio.open_nursery() as nursery:
         router = Router(nursery)
         place(router.labs[0])
-        router.labs[0].router.proxy.context.usage.routers = 3
+        router.labs[0].router.proxy.context.key_limits.routers = 3
         *batches, share = [decode_from_leader(message) for message in router.leader.known()]
         assert share == KeyShare(3)
         for message in (*batches, share):
             router.workers[0].hear(message)
         assert blocks(router.labs[1]) == blocks(router.labs[0]) != set()
-        assert router.labs[1].router.proxy.context.usage.routers == 3
+        assert router.labs[1].router.proxy.context.key_limits.routers == 3
         nursery.cancel_scope.cancel()
 
 

@@ -187,7 +187,7 @@ async def test_worker_takes_stored_responses_addresses_and_shares_of_keys():
         context = rig.worker.supervisor.proxy.context
         assert list(context.owners.entries()) == [ENTRY, other]
         assert rig.worker.supervisor.resolver.known()["b.test"] == addresses["b.test"]
-        assert context.usage.routers == 3
+        assert context.key_limits.routers == 3
 
 
 async def test_worker_reports_refusals_and_stored_responses_to_leader():

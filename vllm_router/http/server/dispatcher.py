@@ -11,8 +11,8 @@ import trio
 from vllm_router.http.hypercorn.settings import ALPN_PROTOCOLS
 from vllm_router.http.io.trio_internals import release_ssl_stream
 from vllm_router.http.server.interfaces import Address, ConnectionHandler
+from vllm_router.http.server.lane import Lane
 from vllm_router.http.server.limits import Limits
-from vllm_router.http.server.server import Server
 from vllm_router.http.server.socket_connection import SocketConnection
 from vllm_router.http.server.stream_connection import StreamConnection
 from vllm_router.http.server.tls_stream import Handshakes, TlsStream
@@ -29,7 +29,7 @@ class ConnectionDispatcher:
 
     def __init__(
         self,
-        lane: Server | None,
+        lane: Lane | None,
         handler: ConnectionHandler,
         limits: Limits,
         *,

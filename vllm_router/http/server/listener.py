@@ -28,9 +28,9 @@ from vllm_router.http.server.interfaces import (
     ConnectionHandler,
     Statistics,
 )
+from vllm_router.http.server.lane import Lane
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.listening_sockets import ListeningSockets
-from vllm_router.http.server.server import Server
 from vllm_router.http.server.socket_handover import redirect_handshakes
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Listener:
         limits = limits or Limits()
         self._sockets = ListeningSockets(limits)
         self._dispatcher = ConnectionDispatcher(
-            Server(app, accepts=accepts, limits=limits, on_rejected=on_rejected) if lane else None,
+            Lane(app, accepts=accepts, limits=limits, on_rejected=on_rejected) if lane else None,
             handler or HypercornHandler(app, limits=limits, on_rejected=on_rejected),
             limits,
             tls_only=tls_only,

@@ -23,7 +23,7 @@ from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicyS
 from vllm_router.routing.prefix.index import PrefixIndex
 from vllm_router.routing.prompt.blocks import BLOCK_ENDS, blocks_in
 from vllm_router.routing.score_cache import MAX_WASTE_LOAD, QUEUED_WEIGHT, ScoreCache
-from vllm_router.routing.score_parts import Asked, Parts, ScoreTable
+from vllm_router.routing.score_parts import ScoredRequest, ScoreTable, ScoreTerms
 from vllm_router.routing.server_estimate import (
     ERROR_PENALTY,
     PrefixStatistics,
@@ -48,7 +48,7 @@ REFRESHED_AT_ONCE = 100
 """Candidates that are updated at once, in 1 ms; in a larger fleet the others follow in turn."""
 
 Slots: TypeAlias = tuple[int, int, int]
-"""The bits `loaded`, `spare` and `waits` of `score_parts.Asked`."""
+"""The bits `loaded`, `spare` and `waits` of `score_parts.ScoredRequest`."""
 
 _NO_SLOTS: Slots = (0, 0, 0)
 """Of requests for base models."""
@@ -520,7 +520,7 @@ class Adaptive(Policy):
         tokens, uncached, turns = self._prompt(info, matches)
         if not info.prompt.block_hashes:
             uncached = turns = 0.0
-        asked = Asked(
+        asked = ScoredRequest(
             levels,
             bonus,
             tokens,
@@ -540,7 +540,7 @@ class Adaptive(Policy):
         for begin in range(0, len(order), EXPLAINED_AT_ONCE):
             yield
             found += [
-                Explained(candidates[position], scores[position], Parts(table, position))
+                Explained(candidates[position], scores[position], ScoreTerms(table, position))
                 for position in order[begin : begin + EXPLAINED_AT_ONCE]
             ]
         return found

@@ -20,7 +20,7 @@ class Route(NamedTuple):
     more: Hashable = None
 
 
-class Verdict(enum.Enum):
+class OfferResult(enum.Enum):
     """The result of offering servers to a waiting request."""
 
     SERVED = enum.auto()

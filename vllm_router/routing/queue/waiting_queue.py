@@ -20,7 +20,7 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
 
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 from vllm_router.routing.queue.model_queue import ModelQueue
 from vllm_router.routing.queue.route_queue import RouteQueue
 
@@ -128,7 +128,7 @@ class WaitingQueue(Generic[E]):
 
     # -- servers ------------------------------------------------------------------------------
 
-    def admit(self, now: float, give: Callable[[E], Verdict]) -> list[E]:
+    def admit(self, now: float, give: Callable[[E], OfferResult]) -> list[E]:
         """Offer servers to the waiting requests, in order; returns the entries that have left.
 
         `give` finds and takes a server for an entry. It is called once for every entry that leaves
@@ -145,13 +145,13 @@ class WaitingQueue(Generic[E]):
                 heappush(heads, (current, queue))  # the key had a turn in another route queue
                 continue
             verdict = give(entry)
-            if verdict is Verdict.BLOCKED:
+            if verdict is OfferResult.BLOCKED:
                 continue
-            if verdict is Verdict.HELD:
+            if verdict is OfferResult.HELD:
                 held.append(self._hold(entry, now))
             else:
                 gone.append(entry)
-                if verdict is Verdict.SERVED:
+                if verdict is OfferResult.SERVED:
                     entry.served_at = self.stamp(now)
                     self.served(entry, now)
                 else:

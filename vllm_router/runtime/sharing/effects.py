@@ -45,7 +45,7 @@ class ProcessEffects:
             return
         now = trio.current_time()
         if now - at <= GONE_AFTER:
-            self._context.usage.spend(found, requests, now, into_debt=into_debt)
+            self._context.key_limits.spend(found, requests, now, into_debt=into_debt)
             return
         use = self._past.get(key)
         if use is None:
@@ -62,10 +62,10 @@ class ProcessEffects:
             if key is not None and key.requests_per_minute is not None:
                 use.refill(key.requests_per_minute, now)
                 missing = max(key.requests_per_minute, 1.0) - use.tokens
-                self._context.usage.spend(key, missing, now)
+                self._context.key_limits.spend(key, missing, now)
 
     def running(self, requests: dict[str, int]) -> None:
-        self._context.usage.run_elsewhere(requests)
+        self._context.key_limits.run_elsewhere(requests)
 
     def quarantined(self, digest: bytes, age: float, now: float) -> None:
         self._context.quarantine.take(digest, age, now)

@@ -130,7 +130,7 @@ def share_through(
     fleet.on_transition.append(ejected)
     return SharedState(
         fleet,
-        router.proxy.context.usage,
+        router.proxy.context.key_limits,
         share.peers,
         share.settle,
         outbox,

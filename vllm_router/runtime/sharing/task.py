@@ -17,7 +17,7 @@ import trio
 from vllm_router.config.shared import SharedConfig
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.key_limits import KeyLimits
 from vllm_router.routing.sharing.drains import Drains
 from vllm_router.routing.sharing.messages import (
     About,
@@ -89,7 +89,7 @@ class SharedState:
     def __init__(
         self,
         fleet: Fleet,
-        usage: Usage,
+        usage: KeyLimits,
         peers: Peers,
         settle: Callable[[float], None],
         outbox: Outbox,

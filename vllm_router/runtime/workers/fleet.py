@@ -18,17 +18,17 @@ from vllm_router.config.auth import KeyConfig
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.errors import ConfigError
 from vllm_router.fleet.fleet import Fleet, FleetChange
-from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.refusals import RequestKind
 from vllm_router.fleet.server import Server
 from vllm_router.runtime.workers.messages import ServerState, Verdict
 from vllm_router.runtime.workers.shared_counters import CounterView
+from vllm_router.runtime.workers.shared_key_limits import SharedKeyLimits, column_keys
 from vllm_router.runtime.workers.shared_server import (
     FollowingServer,
     LeadingServer,
     News,
     SharedServer,
 )
-from vllm_router.runtime.workers.usage import SharedUsage, column_keys
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class SharedFleet(Fleet, Generic[News]):
         self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
         self._columns: dict[str, int | None] = {}
-        self.usage = SharedUsage(counters, self.refresh_leases)
+        self.key_limits = SharedKeyLimits(counters, self.refresh_leases)
         super().__init__(config)
 
     def apply(self, config: Config) -> FleetChange:
@@ -73,12 +73,12 @@ class SharedFleet(Fleet, Generic[News]):
         columns = [(server, self._column_of(url)) for url, server in self._known.items()]
         for server, column in columns:
             server.release_column(column)
-        self.usage.release_columns(self._keys, self._column_of)
+        self.key_limits.release_columns(self._keys, self._column_of)
         for server, column in columns:
             server.use_column(column)
             if column is not None:
                 self._by_column[column] = server
-        self.usage.use_columns(self._keys, self._column_of)
+        self.key_limits.use_columns(self._keys, self._column_of)
 
     def _find_columns(self, counted: list[str]) -> dict[str, int | None]:
         return self.counters.board.columns_of(counted)
@@ -98,7 +98,7 @@ class SharedFleet(Fleet, Generic[News]):
             if server is not None:
                 server.changed_elsewhere(difference)
             else:
-                self.usage.changed(column, difference)
+                self.key_limits.changed(column, difference)
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
         if not self.frozen:
@@ -124,10 +124,10 @@ class LeadingFleet(SharedFleet[Server]):
     """The leader's fleet. `tell` is called with each server whose state the workers need."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return LeadingServer(wanted, settings, self._note, self.counters, self._tell)
+        return LeadingServer(wanted, settings, self._mark_changed, self.counters, self._tell)
 
-    def _note(self, server: Server) -> None:
-        super()._note(server)
+    def _mark_changed(self, server: Server) -> None:
+        super()._mark_changed(server)
         self._tell(server)
 
     def check_room(self, config: Config) -> None:
@@ -164,7 +164,7 @@ class FollowingFleet(SharedFleet[Verdict]):
     """A worker's fleet. `tell` is called with the verdict of each attempt."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return FollowingServer(wanted, settings, self._note, self.counters, self._tell)
+        return FollowingServer(wanted, settings, self._mark_changed, self.counters, self._tell)
 
     def failed(
         self,
@@ -215,7 +215,7 @@ class FollowingFleet(SharedFleet[Verdict]):
     def refused_again(self, server: Server, name: str, now: float) -> None:
         self._tell(Verdict("refused_again", server.url, now, name=name))
 
-    def accepted(self, server: Server, asked: Asked) -> None:
+    def accepted(self, server: Server, asked: RequestKind) -> None:
         self._tell(Verdict("accepted", server.url, 0.0, asked=asked))
 
     def unlist(self, server: Server, model: str) -> None:

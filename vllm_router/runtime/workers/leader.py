@@ -89,7 +89,7 @@ def build(
         monitor_listener=monitor_listener,
         parts=Parts(
             fleet=fleet,
-            usage=fleet.usage,
+            key_limits=fleet.key_limits,
             make_peers=queue.make_peers,
             signals=signals,
             others=workers,

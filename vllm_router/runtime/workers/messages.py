@@ -13,7 +13,7 @@ import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.reason import Reason
-from vllm_router.fleet.refusals import Asked, Refusal
+from vllm_router.fleet.refusals import Refusal, RequestKind
 from vllm_router.routing.owners import Entry
 from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.routing.sharing.messages import Batch
@@ -56,7 +56,7 @@ class Verdict(msgspec.Struct, array_like=True):
     size: int = 0
     words: str = ""
     sure: bool = False
-    asked: Asked | None = None
+    asked: RequestKind | None = None
     since: float = 0.0
 
 
@@ -133,7 +133,7 @@ class PeerBatch(msgspec.Struct, tag=True, array_like=True):
 
 
 class KeyShare(msgspec.Struct, tag=True, array_like=True):
-    """The number of routers among which the limits of keys are divided, see `Usage.routers`."""
+    """The number of routers among which the limits of keys are divided, see `KeyLimits.routers`."""
 
     routers: int
 

@@ -27,7 +27,7 @@ from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
 from vllm_router.proxy.admission import AdmissionQueue
 from vllm_router.proxy.waiter import Peers, Waiter
-from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.entry import OfferResult, QueueEntry, Route
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN
 from vllm_router.runtime.workers.fleet import SharedFleet
 from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, QueueBoard, mark
@@ -322,19 +322,19 @@ class QueuePeers:
             if heartbeat != reader.heartbeat:
                 reader.heartbeat, reader.heard, reader.silent = heartbeat, self._awake, False
 
-    def reserve(self, entry: QueueEntry, now: float) -> Verdict:
+    def reserve(self, entry: QueueEntry, now: float) -> OfferResult:
         assert isinstance(entry, RemoteEntry)
         server = self._server_for(entry, now)
         if server is None:
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         hold = self._held.get(entry) or _Hold(now, self._awake)
         self._holding[entry] = hold
         if self._loses_turn(self._by_number[entry.owner], hold):
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         entry.server = server
         self.promised[server] += 1
         self._to_notify.add(entry.owner)
-        return Verdict.HELD
+        return OfferResult.HELD
 
     def _loses_turn(self, reader: _Reader, hold: _Hold) -> bool:
         """Whether a process has had enough time for a server that is reserved for it."""

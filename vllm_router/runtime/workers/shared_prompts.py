@@ -39,7 +39,7 @@ class WorkerPrompts:
         context = supervisor.proxy.context
         effects = ProcessEffects(context, key_finder(supervisor))
         self.share = ProcessShare(context, "worker", effects)
-        self._usage = context.usage
+        self._usage = context.key_limits
         self._channel = channel
 
     def hear(self, message: PeerBatch | KeyShare) -> None:
@@ -141,7 +141,7 @@ class LeaderPrompts:
                 placed, hashes = [], 0
         if placed:
             yield self._message(placed)
-        yield encode(KeyShare(self._context.usage.routers))
+        yield encode(KeyShare(self._context.key_limits.routers))
 
     def _message(self, placed: list[Placed]) -> bytes:
         self._stored_batches += 1

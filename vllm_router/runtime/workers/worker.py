@@ -114,7 +114,7 @@ def build(
         admin_port=admin_port,
         parts=Parts(
             fleet=fleet,
-            usage=fleet.usage,
+            key_limits=fleet.key_limits,
             make_peers=queue.make_peers,
             reports=reporter,
             make_probes=partial(FollowedProbes, lists.refresh),

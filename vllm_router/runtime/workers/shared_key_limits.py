@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from vllm_router.config.auth import KeyConfig
-from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.key_limits import KeyLimits
 from vllm_router.runtime.workers.shared_counters import CounterView
 
 
@@ -24,7 +24,7 @@ def _columns_for(key: KeyConfig, column_of: Callable[[str], int | None]) -> tupl
     return None if running is None or admitted is None else (running, admitted)
 
 
-class SharedUsage(Usage):
+class SharedKeyLimits(KeyLimits):
     """`refresh` reads the shared counters and calls `changed` for each difference."""
 
     def __init__(self, counters: CounterView, refresh: Callable[[], None]) -> None:

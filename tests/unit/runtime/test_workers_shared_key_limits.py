@@ -10,7 +10,7 @@ from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.errors import Refused
 from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
-from vllm_router.runtime.workers.usage import SharedUsage, column_keys
+from vllm_router.runtime.workers.shared_key_limits import SharedKeyLimits, column_keys
 
 KEY = KeyConfig(name="team", digest=digest_of("k"), requests_per_minute=60.0)
 
@@ -19,11 +19,11 @@ def test_shared_usage_of_other_processes_refills_only_this_routers_part(
     monkeypatch: pytest.MonkeyPatch,
 ):
     now = 1000.0
-    monkeypatch.setattr("vllm_router.runtime.workers.usage.perf_counter", lambda: now)
+    monkeypatch.setattr("vllm_router.runtime.workers.shared_key_limits.perf_counter", lambda: now)
     fileno = SharedCounters.create(2)
     board = SharedCounters(fileno, 2)
     os.close(fileno)
-    usage = SharedUsage(CounterView(board, 0), lambda: None)
+    usage = SharedKeyLimits(CounterView(board, 0), lambda: None)
     usage.use_columns([KEY], dict(zip(column_keys(KEY), (1, 2), strict=True)).get)
     for _ in range(60):
         usage.enter(KEY, now)

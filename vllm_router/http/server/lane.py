@@ -23,8 +23,10 @@ from vllm_router.http.server.connection import Connection
 from vllm_router.http.server.limits import Limits
 
 
-class Server:
-    """State that connections share, and the task that enforces their deadlines. A `Host`.
+class Lane:
+    """The server: state that connections share, and the task that enforces their deadlines.
+
+    A `Host`, see `host.py`.
 
     `accepts(method, path)` decides which requests are served here; None means all. `on_rejected`
     is called for requests rejected before the application sees them.
