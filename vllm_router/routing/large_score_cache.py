@@ -75,6 +75,11 @@ class LargeScoreCache(ScoreCache):
         if self._order is not None:
             self._order.rebuild(self.bases)
 
+    @property
+    def offers_none(self) -> bool:
+        assert self._order is not None
+        return self.bases[self._order.lowest(1)[0]] == math.inf
+
     # -- a pick ----------------------------------------------------------------------------------
 
     def lowest_of_few(

@@ -61,7 +61,7 @@ class ScoreCache:
     candidates: the tuple that the fleet returned; compared by identity.
     estimates: of the candidates.
     slow, factors: slowness, and slowness divided by the effective capacity.
-    bases: scores without tokens to recompute.
+    bases: scores without tokens to recompute; infinite in a large fleet before the first update.
     credited: bits of the servers whose cached blocks count.
     latency, load: the candidates' medians.
     has_peers: whether other routers use the same servers.
@@ -128,7 +128,7 @@ class ScoreCache:
     ) -> None:
         self.candidates = candidates
         self.estimates = estimates
-        self.bases = [0.0] * len(estimates)
+        self.bases = [math.inf if self.is_large else 0.0] * len(estimates)
         self.factors = [1.0] * len(estimates)
         self.slow = [1.0] * len(estimates)
         self.latency = self.load = 0.0
@@ -142,7 +142,7 @@ class ScoreCache:
         """The next candidate to be updated, and when."""
         self._suspects: set[int] = set()
         """Positions of the candidates to be updated out of turn."""
-        self.unmeasured: set[int] = set()
+        self.unmeasured = set(range(len(estimates) if self.is_large else 0))
         self.peer_ratio = 0.0
         self.has_peers = False
         self._per_request = 1.0 / settings.tokens_per_request
@@ -172,11 +172,21 @@ class ScoreCache:
         self._bits = [estimate.bit for estimate in estimates]
         self._position_at = {bit.bit_length(): at for at, bit in enumerate(self._bits)}
         self._log = candidates[0].change_log.servers
-        self._read = 0
+        self._read = len(self._log)
         self._load_total = 0.0
         self._queueing = False
         self._order = ScoreOrder(self.bases) if self.is_large else None
         self.affinity = AffinityServers(estimates, large=self.is_large)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all candidates have been updated once."""
+        return self._known
+
+    @property
+    def offers_none(self) -> bool:
+        """Whether none of the candidates updated so far may be picked."""
+        return False
 
     def follow(self) -> None:
         """Update the scores of servers that have changed; the first step of a pick."""
@@ -208,21 +218,25 @@ class ScoreCache:
     def next_positions(self, most: int, now: float, every: float) -> tuple[Sequence[int], bool]:
         """The candidates to update now, and whether a new round over all of them begins.
 
-        At most `most` are updated `every` so many seconds, the first time all. The
-        servers of `refresh_soon` are updated at once; if all fit into one turn, all are.
+        At most `most` are updated `every` so many seconds, the first time with each pick, so that
+        no pick among a thousand new servers takes 15 ms. The servers of `refresh_soon` are updated
+        at once; if all fit into one turn, all are.
         """
         size, begin = len(self.estimates), self._turn_of
         suspects, self._suspects = self._suspects, set()
-        self.fresh_until = now + every
-        if not self._known or size <= most:
+        if size <= most or not (self._known or self.is_large):
             self._known = True
-            self._turn_at = now + every
+            self.fresh_until = self._turn_at = now + every
             return range(size), True
-        if now < self._turn_at:
+        if self._known and now < self._turn_at:
             self.fresh_until = self._turn_at
             return sorted(suspects), False
         end = min(begin + most, size)
-        self._turn_of, self._turn_at = end % size, now + every
+        self._turn_of = end % size
+        if self._known:
+            self.fresh_until = self._turn_at = now + every
+        else:
+            self._known = end == size
         suspects.update(range(begin, end))
         return sorted(suspects), begin == 0
 

@@ -37,8 +37,8 @@ def explain(
     """The decision for such a request now. Takes no lease and changes no policy state.
 
     Candidates are in the order of preference, if the policy has one: `policy`, or the model's
-    policy. All that scores follow from, and the figures of all servers, are read before the first
-    step, so that they belong together; the steps make the rows of the page from them.
+    policy. All that scores follow from, and the figures of all servers, are read in one step, so
+    that they belong together; the following steps make the rows of the page from them.
     """
     now = trio.current_time()
     fleet, asked = router.fleet, info.model
@@ -51,6 +51,10 @@ def explain(
     policy = policy or router.proxy.context.policies.default
     owner = _owner(router, info)
     allowed = fleet.candidates(info.model, now)
+    for _ in policy.prepare(allowed, info, now):
+        yield
+        now = trio.current_time()
+        allowed = fleet.candidates(info.model, now)
     if owner is not None:
         allowed = choose((owner,), None, now, ())
     full = {server for server in allowed if server.at_cap}

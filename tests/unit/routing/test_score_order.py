@@ -209,6 +209,44 @@ def test_adaptive_among_many_updates_a_part_of_the_servers_at_a_time():
     assert updated == [0, 100, 200, 300, 300]
 
 
+def test_adaptive_among_many_first_picks_measure_a_part_of_the_servers_each():
+    rig = Rig(3 * REFRESHED_AT_ONCE)
+    for turn in range(1, 4):
+        picked = rig.send(RoutingInfo("m")).server
+        assert rig.servers.index(picked) < turn * REFRESHED_AT_ONCE
+        assert rig.cache().is_complete is (turn == 3)
+        assert sum(base < math.inf for base in rig.cache().bases) == turn * REFRESHED_AT_ONCE
+    assert all(rig.policy._estimate(server).scraped_at == NOW for server in rig.servers)
+
+
+def test_adaptive_among_many_first_pick_goes_on_until_a_server_has_room():
+    rig = Rig(3 * REFRESHED_AT_ONCE)
+    for server in rig.servers[: 2 * REFRESHED_AT_ONCE]:
+        server.cap = 0
+    picked = rig.send(RoutingInfo("m")).server
+    assert rig.servers.index(picked) >= 2 * REFRESHED_AT_ONCE
+
+
+def test_adaptive_among_many_peers_are_detected_once_all_servers_are_measured():
+    rig = Rig(3 * REFRESHED_AT_ONCE)
+    for server in rig.servers:
+        server.scraped(gauges(2.0), NOW + 1.0, 0)
+    for turn in range(5):
+        rig.send(RoutingInfo("m"), NOW + 1.0)
+        assert rig.cache().has_peers is (turn >= 3)
+
+
+def test_adaptive_among_many_first_explanation_scores_all_servers():
+    rig = Rig(3 * REFRESHED_AT_ONCE)
+    candidates = rig.fleet.candidates("m", NOW)
+    assert sum(1 for _ in rig.policy.prepare(candidates, RoutingInfo("m"), NOW)) == 2
+    assert sum(1 for _ in rig.policy.prepare(candidates, RoutingInfo("m"), NOW)) == 0
+    for model in ("m", "n"):
+        rows = rig.policy.explain(candidates, RoutingInfo(model), NOW)
+        assert {row.score for row in rows} == {1 / 8}
+        assert len(rows) == 3 * REFRESHED_AT_ONCE
+
+
 def test_adaptive_among_many_avoids_a_failing_server_at_once():
     rig = Rig(2 * REFRESHED_AT_ONCE)
     lease = rig.send(rig.info("x" * 4000))

@@ -116,6 +116,19 @@ async def test_explain_leaves_the_scores_of_requests_as_they_are(mock_clock, at_
     assert [row["server"] for row in found["out"]] == ["s3"] * at_cap
 
 
+async def test_first_explanation_of_a_model_takes_no_longer_turns(mock_clock):
+    """All candidates of a model are measured for the first time."""
+    longest = {}
+    for count in (FEW, MANY):
+        lab = fleet_of(300 + count, policy="adaptive")
+        await page(lab, "/explain?model=m")  # fills what is computed once
+        lab.router.proxy.context.policies.default._caches.clear()
+        with longest_run() as run:
+            await page(lab, "/explain?model=m")
+        longest[count] = run.calls
+    assert longest[MANY] <= 1.25 * longest[FEW] + 2 * (MANY - FEW)
+
+
 @asynccontextmanager
 async def restless(lab: Lab) -> AsyncIterator[None]:
     """Servers are drained and taken back, and get and lose requests, in every turn."""

@@ -271,6 +271,8 @@ class Adaptive(Policy):
             self._caches[model] = cache
         if now >= cache.fresh_until:
             self._refresh(cache, now)
+            while cache.offers_none and not cache.is_complete:
+                self._refresh(cache, now)
         else:
             cache.follow()
         return cache
@@ -285,7 +287,8 @@ class Adaptive(Policy):
     def _refresh(self, cache: ScoreCache, now: float) -> None:
         """Update the terms that change with time, of REFRESHED_AT_ONCE candidates at most.
 
-        A new cache is updated as a whole, and servers that have just failed a request at once.
+        A new cache of a large fleet is complete after some picks. Servers that have just failed a
+        request are updated at once.
         """
         estimates = cache.estimates
         positions, begins = cache.next_positions(REFRESHED_AT_ONCE, now, REFRESH)
@@ -295,7 +298,7 @@ class Adaptive(Policy):
                 for position in positions
                 if not estimates[position].is_quiet or position in cache.unmeasured
             ]
-            cache.unmeasured.clear()
+            cache.unmeasured.difference_update(positions)
         self.index.follow([cache.candidates[position] for position in positions], now)
         self._working_sets.expire(now)
         for position in positions:
@@ -505,6 +508,12 @@ class Adaptive(Policy):
             "lost tokens grow with footprint tokens / kv tokens"
         )
 
+    def prepare(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Steps[None]:
+        cache = self._cache(candidates, info.model, now) if candidates else None
+        while cache is not None and not cache.is_complete:
+            yield
+            self._refresh(cache, now)
+
     def explain(
         self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> list[Explained]:
@@ -514,6 +523,8 @@ class Adaptive(Policy):
         self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> Steps[list[Explained]]:
         cache = self._cache(candidates, info.model, now)
+        while not cache.is_complete:
+            self._refresh(cache, now)
         matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
         levels, bonus, (loaded, spare, waits) = self._credit(cache, info, matches)
         scores = self._weigh(cache, info, matches, levels, bonus, waits)

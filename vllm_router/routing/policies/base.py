@@ -200,6 +200,10 @@ class Policy:
         """The score as a formula of its parts; empty for policies without scores."""
         return ""
 
+    def prepare(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Steps[None]:
+        """Compute in slices what the first explanation of a model would compute at once."""
+        yield from ()
+
     def explain(
         self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> list[Explained] | None:
