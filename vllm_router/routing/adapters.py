@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from typing import TypeAlias
 
 from vllm_router.fleet.engine_metrics import MAX_ADAPTERS
+
+Levels: TypeAlias = list[tuple[float, int]]
+"""The cached tokens of a prompt, by server: pairs (tokens, bits of the servers that have them), the
+most tokens first. A server counts by the first pair that has its bit."""
 
 UNKNOWN_SLOTS = 4
 """Adapters that a server keeps if it does not say. vLLM's default is 1, but it says so."""
@@ -325,13 +330,8 @@ def summed_requests(one: Mapping[str, int], other: Mapping[str, int]) -> dict[st
     return total
 
 
-def with_adapters(
-    levels: list[tuple[float, int]], loaded: int, cost: float
-) -> list[tuple[float, int]]:
-    """Levels (cached tokens, bits of servers), the most first.
-
-    `cost` tokens are added for the `loaded` servers.
-    """
+def with_adapters(levels: Levels, loaded: int, cost: float) -> Levels:
+    """The levels with `cost` tokens added for the `loaded` servers."""
     found, seen = [], 0
     for tokens, bits in levels:
         fresh = bits & ~seen  # a server counts with its highest level

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
-from vllm_router.routing.adapters import WAIT_PENALTY
+from vllm_router.routing.adapters import WAIT_PENALTY, Levels
 from vllm_router.routing.score_cache import (
     AFFINITY_BONUS,
     DELAYED,
@@ -28,6 +29,10 @@ SEARCHED = 32
 
 FEW_BITS = (1 << 60) - 1
 """As many bits as Python computes with quickly."""
+
+PromptTerms: TypeAlias = tuple[float, float, float, float]
+"""The tokens of a prompt, then the arguments of `with_prompt`: uncached, turns, delay. A plain
+tuple, for the reason given at `Choice`."""
 
 _PER_CANDIDATE = (
     "_arrivals", "_crowdings", "_footprints", "_growths", "_loads", "_overflows",
@@ -84,18 +89,17 @@ class LargeScoreCache(ScoreCache):
 
     def lowest_of_few(
         self,
-        levels: list[tuple[float, int]],
+        levels: Levels,
         bonus: int,
-        prompt: tuple[float, float, float, float],
+        prompt: PromptTerms,
         draw: float,
         waits: int = 0,
     ) -> list[int]:
         """The positions with the lowest score among the servers that have a chance.
 
         These are the ones with the lowest base scores, those with blocks of the prompt, and the
-        affinity server: the others would need more requests, and compute as much. `prompt` has the
-        tokens of the prompt and the arguments of `with_prompt`; `draw` is a random number in
-        [0, 1); `waits` as for `with_waits`.
+        affinity server: the others would need more requests, and compute as much. `draw` is a
+        random number in [0, 1); `waits` as for `with_waits`.
         """
         order = self._order
         assert order is not None
@@ -171,9 +175,7 @@ class LargeScoreCache(ScoreCache):
             return [one]
         return [position for position in front if bases[position] == lowest]
 
-    def _cached_at(
-        self, levels: list[tuple[float, int]], front: list[int], draw: float
-    ) -> dict[int, float]:
+    def _cached_at(self, levels: Levels, front: list[int], draw: float) -> dict[int, float]:
         """Cached tokens by position, for some servers of each level.
 
         `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,

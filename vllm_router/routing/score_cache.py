@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from vllm_router.routing.adapters import WAIT_PENALTY
+from vllm_router.routing.adapters import WAIT_PENALTY, Levels
 from vllm_router.routing.affinity_servers import AffinityServers
 from vllm_router.routing.score_order import ScoreOrder
 from vllm_router.routing.server_estimate import ServerEstimate
@@ -318,10 +318,9 @@ class ScoreCache:
             KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
         )
 
-    def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
+    def scores(self, levels: Levels, bonus: int) -> list[float]:
         """The candidates' scores for a prompt.
 
-        `levels` are pairs (cached tokens, bits of the servers that have them), the most first;
         `bonus` is the bit of a new conversation's affinity server, or 0.
         """
         bases, growths, position_of = self.bases, self._growths, self._position_of_bit
@@ -375,9 +374,7 @@ class ScoreCache:
             ]
         return scores
 
-    def with_pressure(
-        self, scores: list[float], tokens: float, levels: list[tuple[float, int]]
-    ) -> list[float]:
+    def with_pressure(self, scores: list[float], tokens: float, levels: Levels) -> list[float]:
         """The scores with a penalty where the uncached tokens of the prompt exceed the room."""
         found = scores.copy()
         for position, room in enumerate(self._rooms):
@@ -410,7 +407,7 @@ class ScoreCache:
             bits ^= bit_of[position]
         return found
 
-    def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
+    def _excess(self, position: int, tokens: float, levels: Levels) -> float:
         """The penalty for the uncached tokens beyond the room of a server, in requests."""
         bit = self.estimates[position].bit
         cached = next((cached for cached, bits in levels if bits & bit), 0.0)
@@ -429,7 +426,7 @@ class ScoreCache:
             setattr(one, figures, getattr(self, figures)[:])
         return one
 
-    def pressure(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
+    def pressure(self, position: int, tokens: float, levels: Levels) -> float:
         """The whole penalty for a full KV cache, in requests."""
         if self._rooms[position] == math.inf:
             return 0.0
@@ -444,7 +441,7 @@ class ScoreCache:
         late = DELAYED * uncached * delay * self._arrivals[position] / per_token
         return {"lost_tokens": lost, "delayed_tokens": late if turns else 0.0}
 
-    def not_overloaded(self, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    def not_overloaded(self, levels: Levels) -> Levels:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""
         loads = self._loads
         mean = sum(loads) / len(loads)

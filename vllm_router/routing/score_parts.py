@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vllm_router.routing.adapters import WAIT_PENALTY
+from vllm_router.routing.adapters import WAIT_PENALTY, Levels
 from vllm_router.routing.score_cache import AFFINITY_BONUS, ScoreCache
 
 
@@ -22,7 +22,7 @@ class ScoredRequest(NamedTuple):
     would wait for a slot.
     """
 
-    levels: list[tuple[float, int]]
+    levels: Levels
     bonus: int
     tokens: float
     uncached: float

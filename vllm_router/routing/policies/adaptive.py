@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, TypeAlias
 
-from vllm_router.routing.adapters import AdapterServers, SwapCost, with_adapters
+from vllm_router.routing.adapters import AdapterServers, Levels, SwapCost, with_adapters
 from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.large_score_cache import LARGE, LargeScoreCache
 from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
@@ -124,7 +124,7 @@ class Adaptive(Policy):
         """As `pick`, but only the candidates with a chance are scored."""
         hashes = info.prompt.block_hashes
         matches: Matches | None = None
-        levels: list[tuple[float, int]] = []
+        levels: Levels = []
         bonus = waits = 0
         if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
@@ -140,8 +140,8 @@ class Adaptive(Policy):
 
     def _credit(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int, Slots]:
-        """The cached tokens that count, as levels for `ScoreCache.scores`, the most first.
+    ) -> tuple[Levels, int, Slots]:
+        """The cached tokens that count.
 
         Also the bit of the affinity server if a conversation begins here, or 0, and the slots for
         the request's adapter.
@@ -151,9 +151,9 @@ class Adaptive(Policy):
 
     def _levels(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int, Slots]:
+    ) -> tuple[Levels, int, Slots]:
         """As `_credit`, with servers that have much more load than the mean."""
-        levels: list[tuple[float, int]] = []
+        levels: Levels = []
         if matches:
             per_byte = self.index.tokens_per_byte(info.model, info.prompt)
             credited = cache.credited
@@ -190,7 +190,7 @@ class Adaptive(Policy):
         cache: ScoreCache,
         info: RoutingInfo,
         matches: Matches,
-        levels: list[tuple[float, int]],
+        levels: Levels,
         bonus: int,
         waits: int,
     ) -> list[float]:
@@ -218,9 +218,7 @@ class Adaptive(Policy):
 
     # -- several routers before the same servers --------------------------------------------------
 
-    def _credit_affinity(
-        self, cache: ScoreCache, info: RoutingInfo, levels: list[tuple[float, int]]
-    ) -> int:
+    def _credit_affinity(self, cache: ScoreCache, info: RoutingInfo, levels: Levels) -> int:
         """Credit the servers to which other routers probably sent this conversation.
 
         Only if they do not tell: what they do tell is better than a guess, against which the
@@ -234,7 +232,7 @@ class Adaptive(Policy):
         known = levels[0][0] if levels else 0.0
         shared = prompt.shared * per_byte
         bonus = 0
-        found: list[tuple[float, int]] = []
+        found: Levels = []
         if known <= shared:
             if info.session is not None:
                 server = cache.affinity.of(seed_of(info.session))
