@@ -60,7 +60,7 @@ MAX_DESCRIPTORS = 65_536
 @click.option("--max-loras", default=_DEFAULT.max_loras, help="Adapters in memory; 0: all.")
 @click.option("--lora-swap", default=_DEFAULT.lora_swap, help="Seconds of loading an adapter.")
 @click.option("--max-model-len", default=_DEFAULT.max_model_len, help="Tokens.")
-@click.option("--api-key", default=None, help="Demanded on /v1 paths.")
+@click.option("--api-key", default=None, help="Demanded on /v1 paths. Empty: none.")
 @click.option("--ttft", default=_DEFAULT.ttft, help="Seconds before a first token.")
 @click.option(
     "--prefill-tokens-per-second",
@@ -110,7 +110,9 @@ MAX_DESCRIPTORS = 65_536
     default="{}",
     help="Failure switches, JSON as for /mock/set.",
 )
-def mock_command(*, switches: str, models: tuple[str, ...], count: int, **given: Any) -> None:
+def mock_command(
+    *, switches: str, models: tuple[str, ...], api_key: str | None, count: int, **given: Any
+) -> None:
     """Simulated vLLM servers, with failures on demand.
 
     Behaviour at run time: POST /mock/set, GET /mock/stats, /mock/last, /mock/log; per request
@@ -123,13 +125,18 @@ def mock_command(*, switches: str, models: tuple[str, ...], count: int, **given:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        names = tuple(name for text in models for name in text.split(",") if name)
+        changes = msgspec.json.decode(switches, type=dict[str, Any])
+        faults = Switches().updated(changes)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise click.BadParameter(str(error), param_hint="'--set'") from None
+    try:
         options = MockOptions(
-            models=names,
-            switches=Switches().updated(msgspec.json.decode(switches, type=dict[str, Any])),
+            models=tuple(name for text in models for name in text.split(",") if name),
+            api_key=api_key or None,  # vLLM demands no empty key either
+            switches=faults,
             **given,
         )
-    except (ValueError, msgspec.MsgspecError) as error:
+    except ValueError as error:
         raise click.UsageError(str(error)) from None
     all_options = several(options, count)
     if all_options[-1].port > 65535:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import math
 from collections.abc import Mapping
 
 import msgspec
 
-from vllm_router.lab.mock.foreign import ERRORS
-from vllm_router.lab.mock.options import Switches
+from vllm_router.lab.mock.options import Switches, check_error, check_mode, raw_bytes
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -74,28 +72,26 @@ class Faults:
         mode = given.get("mode") or (str(switches.mode) if chosen else "ok")
         if mode.endswith("_reused"):
             mode = mode.removesuffix("_reused") if reused else "ok"
-        after = given.get("after")
-        output = given.get("output-tokens")
+        check_mode(mode)
         error = given.get("error", switches.error if chosen else "")
-        if error and error not in ERRORS:
-            raise ValueError(f"error: expected one of {', '.join(ERRORS)}")
+        check_error(error)
         return Fault(
             mode=mode,
             status=int(mode) if mode.isdecimal() else 0,
             retry_after=_number(given, "retry-after", switches.retry_after),
-            after=switches.after if after is None else int(after),
+            after=_count(given, "after", switches.after),
             ttft=_seconds(_number(given, "ttft-ms", switches.ttft_ms)),
             delay=_seconds(_number(given, "delay-ms", switches.delay_ms)),
-            output_tokens=(
-                (switches.output_tokens if chosen else None) if output is None else int(output)
+            output_tokens=_count(
+                given, "output-tokens", switches.output_tokens if chosen else None
             ),
             error=error,
-            framing=given.get("framing", switches.framing if chosen else ""),
-            packing=given.get("packing", switches.packing if chosen else ""),
+            framing=_word(given, "framing", "close", switches.framing if chosen else ""),
+            packing=_word(given, "packing", "gzip", switches.packing if chosen else ""),
             early_opening=_flag(given, "early-opening", chosen and switches.early_opening),
             null_error=_flag(given, "null-error", chosen and switches.null_error),
             trickle=(_number(given, "trickle-ms", switches.trickle_ms) or 0.0) / 1000,
-            raw=_raw(given.get("raw", switches.raw)) if mode == "raw" else b"",
+            raw=raw_bytes(given.get("raw", switches.raw)) if mode == "raw" else b"",
             keep_open=_flag(given, "keep-open", switches.keep_open),
         )
 
@@ -137,16 +133,32 @@ def _flag(given: Mapping[str, str], name: str, otherwise: bool) -> bool:
     return given[name] == "1" if name in given else otherwise
 
 
+def _word(given: Mapping[str, str], name: str, known: str, otherwise: str) -> str:
+    word = given.get(name, otherwise)
+    if word not in ("", known):
+        raise ValueError(f"{name}: expected {known} or nothing, got {word}")
+    return word
+
+
 def _number(given: Mapping[str, str], name: str, otherwise: float | None) -> float | None:
-    return float(given[name]) if name in given else otherwise
+    if name not in given:
+        return otherwise
+    try:
+        number = float(given[name])
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a number ≥ 0, got {given[name]}")
+    return number
+
+
+def _count(given: Mapping[str, str], name: str, otherwise: int | None) -> int | None:
+    if name not in given:
+        return otherwise
+    if not given[name].isdecimal():
+        raise ValueError(f"{name}: expected an integer ≥ 0, got {given[name]}")
+    return int(given[name])
 
 
 def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
-
-
-def _raw(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
-        raise ValueError("raw: expected base64") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 from typing import Any, Literal
 
@@ -50,12 +52,16 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     gauge_waiting: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.mode, int) or self.mode in MODES or self.mode.isdecimal()):
-            raise ValueError(f"mode: expected a status or one of {', '.join(sorted(MODES))}")
-        if self.error and self.error not in ERRORS:
-            raise ValueError(f"error: expected one of {', '.join(ERRORS)}")
+        check_mode(str(self.mode))
+        check_error(self.error)
+        raw_bytes(self.raw)
         if not 0.0 <= self.fraction <= 1.0:
-            raise ValueError("fraction: expected 0 to 1")
+            raise ValueError(f"fraction: expected 0 to 1, got {self.fraction:g}")
+        _check_numbers(self, _NUMBERS)
+        for name in ("health", "metrics", "models"):
+            status = getattr(self, name)
+            if isinstance(status, int) and status not in STATUSES:
+                raise ValueError(f"{name}: expected a status from 200 to 599, got {status}")
 
     def updated(self, changes: dict[str, Any]) -> Switches:
         """With some of the switches changed; ValueError names what is wrong with them."""
@@ -87,7 +93,56 @@ MODES = frozenset(
     }
 )
 
+STATUSES = range(200, 600)
+
+_NUMBERS = (
+    *("next", "retry_after", "after", "ttft_ms", "delay_ms", "trickle_ms", "output_tokens"),
+    *("health_delay_ms", "metrics_delay_ms", "models_delay_ms", "gauge_running", "gauge_waiting"),
+)
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError for what is neither one of MODES nor an HTTP status."""
+    if mode not in MODES and not (mode.isdecimal() and int(mode) in STATUSES):
+        known = ", ".join(sorted(MODES))
+        raise ValueError(f"mode: expected a status from 200 to 599 or one of {known}, got {mode}")
+
+
+def check_error(error: str) -> None:
+    """Raises ValueError for an unknown error of another engine; an empty one is none."""
+    if error and error not in ERRORS:
+        raise ValueError(f"error: expected one of {', '.join(ERRORS)}, got {error}")
+
+
+def raw_bytes(text: str) -> bytes:
+    """The bytes of a `raw` answer. Raises ValueError."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise ValueError("raw: expected base64") from None
+
+
+def _check_numbers(values: object, names: tuple[str, ...], *, above_zero: bool = False) -> None:
+    """Raises ValueError if one of the numbers is too small, infinite or not a number."""
+    for name in names:
+        value = getattr(values, name)
+        if value is None or (0 < value < math.inf) or (value == 0 and not above_zero):
+            continue
+        raise ValueError(f"{name}: expected a number {'>' if above_zero else '≥'} 0, got {value:g}")
+
+
 SigtermBehaviour = Literal["abort", "error", "silence"]
+
+
+_ABOVE_ZERO = (
+    *("speed", "engines", "max_num_seqs", "max_num_batched_tokens", "max_model_len"),
+    *("kv_blocks", "block_size"),
+)
+_ZERO_OR_MORE = (
+    *("max_loras", "lora_swap", "ttft", "prefill_tokens_per_second", "token_delay"),
+    *("batch_slowdown", "max_num_queued_reqs", "keep_alive", "sse_keep_alive"),
+    *("shutdown_timeout", "log_size"),
+)
 
 
 class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
@@ -138,10 +193,13 @@ class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
             raise ValueError("models: expected at least one")
         if not self.answer.isascii():
             raise ValueError("answer: expected ASCII")
-        if min(self.speed, self.engines, self.max_num_seqs, self.kv_blocks, self.block_size) <= 0:
-            raise ValueError("speed, engines, max_num_seqs, kv_blocks, block_size: expected > 0")
-        if min(self.ttft, self.token_delay, self.prefill_tokens_per_second) < 0:
-            raise ValueError("ttft, token_delay, prefill_tokens_per_second: expected ≥ 0")
+        if not (self.name.isascii() and self.name.isprintable()):
+            raise ValueError(f"name: expected printable ASCII, got {self.name!a}")
+        for lora in self.loras:
+            if not lora.partition("=")[0]:
+                raise ValueError(f"loras: expected NAME or NAME=PATH, got {lora!a}")
+        _check_numbers(self, _ABOVE_ZERO, above_zero=True)
+        _check_numbers(self, _ZERO_OR_MORE)
 
     @property
     def first_token_seconds(self) -> float:
