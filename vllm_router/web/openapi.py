@@ -1,6 +1,6 @@
 """The OpenAPI 3.1 document of the control plane: GET /openapi.json.
 
-Inference paths are documented by the engines. Objects may get more fields than are listed here.
+Inference paths are documented by the engines.
 """
 
 from __future__ import annotations
@@ -8,158 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_router import __version__
-from vllm_router.fleet.state import State
-
-Doc = dict[str, Any]
-
-_TEXT: Doc = {"type": "string"}
-_FLAG: Doc = {"type": "boolean"}
-_COUNT: Doc = {"type": "integer", "minimum": 0}
-_NUMBER: Doc = {"type": "number"}
-_TIME: Doc = {"type": ["string", "null"], "description": "ISO 8601, UTC."}
-
-
-def _list(items: Doc) -> Doc:
-    return {"type": "array", "items": items}
-
-
-def _or_null(schema: Doc) -> Doc:
-    return {**schema, "type": [schema["type"], "null"]}
-
-
-def _object(required: Doc, **optional: Doc) -> Doc:
-    return {
-        "type": "object",
-        "properties": {**required, **optional},
-        "required": list(required),
-    }
-
-
-def _ref(name: str) -> Doc:
-    return {"$ref": f"#/components/schemas/{name}"}
+from vllm_router.web.openapi_schemas import SCHEMAS, TEXT, Doc, ref, struct
 
 
 def _answer(description: str, schema: Doc, kind: str = "application/json") -> Doc:
     return {"description": description, "content": {kind: {"schema": schema}}}
 
-
-_STATE: Doc = {
-    "name": _TEXT,
-    "url": _TEXT,
-    "state": {"enum": [state.value for state in State]},
-    "reason": _TEXT,
-    "since": _TIME,
-    "draining": _FLAG,
-    "in_flight": _COUNT,
-    "in_flight_elsewhere": _COUNT,
-}
-_FIGURES: Doc = {
-    "server": _TEXT,
-    "load": _NUMBER,
-    "running": _NUMBER,
-    "waiting": _NUMBER,
-    "leases": _COUNT,
-    "capacity": _COUNT,
-}
-
-_SCHEMAS: Doc = {
-    "Error": _object(
-        {
-            "error": _object(
-                {
-                    "message": _TEXT,
-                    "type": _TEXT,
-                    "param": _or_null(_TEXT),
-                    "code": _or_null(_TEXT),
-                },
-                values={"type": "object", "additionalProperties": _TEXT},
-            )
-        }
-    ),
-    "Model": _object({"id": _TEXT}, object=_TEXT),
-    "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
-    "Alive": _object({"alive": {"const": True}}),
-    "Ready": _object({"ready": _FLAG}, reason=_TEXT, servers=_list(_TEXT), sources=_list(_TEXT)),
-    "Health": _object(
-        {
-            "status": {"enum": ["healthy", "degraded", "unhealthy", "no_servers"]},
-            "ready": _FLAG,
-        },
-        health_score=_NUMBER,
-        total_servers=_COUNT,
-        healthy_servers=_COUNT,
-        unhealthy_servers=_COUNT,
-        servers=_list(_object(_STATE)),
-        uptime_seconds=_NUMBER,
-        sources=_list({"type": "object"}),
-        shared=_or_null({"type": "object"}),
-    ),
-    "LoadStats": _object({"servers": _list(_object(_STATE)), "summary": {"type": "object"}}),
-    "ServerModels": _object(
-        {"servers": {"type": "object"}, "total_servers": _COUNT, "healthy_servers": _COUNT}
-    ),
-    "Version": _object({"version": _TEXT, "service": _TEXT}),
-    "ServerLoad": _object({"server_load": _COUNT}),
-    "Service": _object({"service": _TEXT, "status": {"enum": ["running", "draining"]}}),
-    "Explanation": _object(
-        {
-            "model": _or_null(_TEXT),
-            "stream": _FLAG,
-            "model_known": _FLAG,
-            "session": _or_null(_TEXT),
-            "session_source": _or_null(_TEXT),
-            "policy": _TEXT,
-            "owner": _or_null(_TEXT),
-            "picked": _or_null(_TEXT),
-            "candidates": _list(_object(_FIGURES)),
-            "out": _list(_object(_FIGURES)),
-            "note": _TEXT,
-        }
-    ),
-    "Decisions": _object(
-        {
-            "decisions": _list(
-                _object(
-                    {
-                        "time": _NUMBER,
-                        "request_id": _TEXT,
-                        "path": _TEXT,
-                        "server": _or_null(_TEXT),
-                        "owner": _or_null(_TEXT),
-                        "attempts": _COUNT,
-                        "outcome": _TEXT,
-                        "failed": _FLAG,
-                        "status": _COUNT,
-                    }
-                )
-            )
-        }
-    ),
-    "Server": _object(
-        {
-            **_STATE,
-            "leaving": _FLAG,
-            "running": _NUMBER,
-            "waiting": _NUMBER,
-            "capacity": _COUNT,
-            "load": _NUMBER,
-            "models": _or_null(_list(_TEXT)),
-        }
-    ),
-    "Servers": _object({"servers": _list(_ref("Server"))}),
-    "Keys": _object(
-        {
-            "seconds": _COUNT,
-            "keys": _list(
-                _object({"name": _TEXT, "requests": _COUNT, "refused": _COUNT, "tokens": _COUNT})
-            ),
-            "more": _COUNT,
-        }
-    ),
-    "Code": _object({"code": _TEXT, "seconds": _NUMBER}),
-    "SignedIn": _object({"key": _TEXT, "seconds": _NUMBER}),
-    "Reload": _object({"result": _TEXT, "generation": _COUNT, "error": _or_null(_TEXT)}),
-}
 
 _ERRORS = {
     400: "The request is malformed.",
@@ -175,28 +29,42 @@ _ERRORS = {
 }
 
 
+_ERROR_HEADERS: Doc = {
+    "x-vllm-router-error": {"description": "The code of the router's error.", "schema": TEXT}
+}
+
+
 def _operation(summary: str, name: str, *errors: int, **more: Any) -> Doc:
     """An operation that answers 200 with this schema."""
-    answers = {"200": _answer(summary, _ref(name))}
-    answers |= {str(code): _answer(_ERRORS[code], _ref("Error")) for code in (400, 421, *errors)}
+    answers = {"200": _answer(summary, ref(name))}
+    for code in (400, 421, *errors):
+        answers[str(code)] = {**_answer(_ERRORS[code], ref("Error")), "headers": _ERROR_HEADERS}
     return {"summary": summary, "responses": dict(sorted(answers.items())), **more}
 
 
-def _named(name: str, text: str) -> Doc:
+def _named(name: str, text: str, excluded: str = "") -> Doc:
     """A path parameter; the pattern excludes names that would be read as another path."""
-    schema = {"type": "string", "minLength": 1, "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.:-]*$"}
+    pattern = f"^{excluded}{_PART}(/{_PART})*$"
+    schema = {"type": "string", "minLength": 1, "pattern": pattern}
     return {"name": name, "in": "path", "required": True, "description": text, "schema": schema}
 
 
+_PART = "[A-Za-z0-9_][A-Za-z0-9_.:-]*"
 _READING: Doc = {"security": [{}, {"key": []}], "tags": ["observation"]}
 _ADMIN: Doc = {"security": [{}, {"key": []}], "tags": ["administration"]}
 _OPEN: Doc = {"security": [], "tags": ["health checks"]}
-_SERVER = _named("server", "The server's name in the configuration.")
+_SERVER = _named("server", "The server's name in the configuration.", "(?!.*/(un)?drain$)")
 _MODEL_ASKED = {
     "name": "model",
     "in": "query",
     "description": "The model name, as in a request.",
-    "schema": _TEXT,
+    "schema": TEXT,
+}
+_POLICY = {
+    "name": "X-Router-Policy",
+    "in": "header",
+    "description": "The policy to explain, if policy_header is true.",
+    "schema": TEXT,
 }
 _LIMIT = {
     "name": "limit",
@@ -208,7 +76,7 @@ _OF_SERVER = {
     "name": "server",
     "in": "query",
     "description": "Only requests whose last attempt was on this server.",
-    "schema": _TEXT,
+    "schema": TEXT,
 }
 _ONLY_FAILED = {
     "name": "failed",
@@ -223,14 +91,14 @@ _BODY = {
 _CODE = {
     "description": "The code from /admin/sign-in.",
     "required": True,
-    "content": {"application/json": {"schema": _object({"code": _TEXT})}},
+    "content": {"application/json": {"schema": struct({"code": TEXT})}},
 }
 
 
 def _plain(summary: str, kind: str, *errors: int, **more: Any) -> Doc:
     """An operation with a text response."""
     found = _operation(summary, "Error", *errors, **more)
-    found["responses"]["200"] = _answer(summary, _TEXT, kind)
+    found["responses"]["200"] = _answer(summary, TEXT, kind)
     return found
 
 
@@ -242,7 +110,14 @@ def _ping() -> Doc:
 
 def _ready() -> Doc:
     found = _operation("Whether requests should be sent here.", "Ready", **_OPEN)
-    found["responses"]["503"] = _answer("They should not.", _ref("Ready"))
+    found["responses"]["503"] = _answer("They should not.", ref("Ready"))
+    return found
+
+
+def _root() -> Doc:
+    found = _operation("The name of the service; in a browser, the dashboard.", "Service", 404)
+    found["responses"]["200"]["content"]["text/html"] = {"schema": TEXT}
+    found["responses"]["304"] = {"description": "The browser has this page already."}
     return found
 
 
@@ -279,7 +154,7 @@ def document() -> Doc:
                 "Explanation",
                 401,
                 404,
-                parameters=[_MODEL_ASKED],
+                parameters=[_MODEL_ASKED, _POLICY],
                 **_READING,
             ),
             "post": _operation(
@@ -291,6 +166,7 @@ def document() -> Doc:
                 408,
                 413,
                 requestBody=_BODY,
+                parameters=[_POLICY],
                 **_READING,
             ),
         },
@@ -307,11 +183,7 @@ def document() -> Doc:
         "/openapi.json": {
             "get": _operation("This document.", "Document", 401, 404, **_READING),
         },
-        "/": {
-            "get": _operation(
-                "The name of the service; in a browser, the dashboard.", "Service", 404
-            )
-        },
+        "/": {"get": _root()},
         "/admin/servers": {
             "get": _operation("All servers.", "Servers", 401, 403, 404, **_ADMIN),
         },
@@ -367,7 +239,7 @@ def document() -> Doc:
         },
         "paths": paths,
         "components": {
-            "schemas": {**_SCHEMAS, "Document": {"type": "object"}},
+            "schemas": {**SCHEMAS, "Document": {"type": "object"}},
             "securitySchemes": {"key": keys},
         },
     }

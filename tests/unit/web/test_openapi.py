@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 
 from support.web_harness import Lab
@@ -15,41 +16,24 @@ DOC = document()
 ELSEWHERE = {"/static/{path}", "/ws/load"}
 """Of the page alone, and no HTTP."""
 
-KINDS: dict[str, Any] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "boolean": bool,
-    "integer": int,
-    "number": (int, float),
-    "null": type(None),
-}
+
+def strict(schema: Any) -> Any:
+    """The schema without permission for fields that it does not list."""
+    if isinstance(schema, list):
+        return [strict(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return closed | {key: strict(inner) for key, inner in schema.items()}
 
 
-def problems(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
-    """Violations of the document's few words of JSON Schema by a value."""
-    if "$ref" in schema:
-        schema = DOC["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
-    if "enum" in schema and value not in schema["enum"]:
-        return [f"{where}: {value!r} is none of {schema['enum']}"]
-    if "const" in schema and value != schema["const"]:
-        return [f"{where}: {value!r} is not {schema['const']!r}"]
-    kinds = schema.get("type", [])
-    names = [kinds] if isinstance(kinds, str) else kinds
-    if names and not any(isinstance(value, KINDS[name]) for name in names):
-        return [f"{where}: {value!r} is not {kinds}"]
-    found = []
-    if isinstance(value, dict):
-        found += [
-            f"{where}.{name} is missing" for name in schema.get("required", ()) if name not in value
-        ]
-        for name, inner in schema.get("properties", {}).items():
-            if name in value:
-                found += problems(value[name], inner, f"{where}.{name}")
-    if isinstance(value, list) and "items" in schema:
-        for number, one in enumerate(value):
-            found += problems(one, schema["items"], f"{where}[{number}]")
-    return found
+COMPONENTS = strict(DOC["components"])
+
+
+def problems(value: Any, schema: dict[str, Any]) -> list[str]:
+    """Violations of a schema of the document; fields that are not described are some."""
+    validator = jsonschema.Draft202012Validator({**strict(schema), "components": COMPONENTS})
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
 
 
 async def test_openapi_has_every_route_and_no_other():
@@ -69,7 +53,7 @@ async def test_openapi_has_every_route_and_no_other():
 @pytest.mark.parametrize("path", DOC["paths"])
 async def test_openapi_matches_responses(path: str):
     lab = Lab()
-    await lab.get("/explain")
+    lab.ended(lab["a"])
     for method, operation in DOC["paths"][path].items():
         if method == "parameters":
             continue
@@ -77,10 +61,48 @@ async def test_openapi_matches_responses(path: str):
         for name in (target.replace("{model}", "m"), target.replace("{model}", "nothing")):
             reply = await lab.request(method.upper(), name)
             answer = operation["responses"][str(reply.status)]
-            for kind, content in answer.get("content", {}).items():
-                assert reply.headers["content-type"].startswith(kind)
-                if kind == "application/json":
-                    assert problems(reply.json, content["schema"]) == []
+            assert answer.get("headers", {}).keys() <= reply.headers.keys()
+            assert ("x-vllm-router-error" in reply.headers) is bool(answer.get("headers"))
+            contents = answer.get("content", {})
+            kind = reply.headers["content-type"].partition(";")[0]
+            assert not contents or kind in contents
+            if kind == "application/json":
+                assert problems(reply.json, contents[kind]["schema"]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "matches"),
+    [
+        ("/v1/models/{model}", "meta-llama/Llama-3.1-8B", True),
+        ("/v1/models/{model}", "a//b", False),
+        ("/v1/models/{model}", "../b", False),
+        ("/admin/servers/{server}", "gpu-1:8000/prefix", True),
+        ("/admin/servers/{server}", "a/drain", False),
+        ("/admin/servers/{server}", "a/undrain", False),
+    ],
+)
+def test_openapi_names_in_paths_may_have_slashes(path: str, name: str, matches: bool):
+    (parameter,) = DOC["paths"][path]["parameters"]
+    assert bool(re.search(parameter["schema"]["pattern"], name)) is matches
+
+
+async def test_openapi_root_for_browsers_is_described():
+    lab = Lab()
+    answers = DOC["paths"]["/"]["get"]["responses"]
+    page = await lab.get("/", headers={"accept": "text/html"})
+    assert page.headers["content-type"].partition(";")[0] in answers["200"]["content"]
+    again = await lab.get(
+        "/", headers={"accept": "text/html", "if-none-match": page.headers["etag"]}
+    )
+    assert str(again.status) in answers
+    assert again.status == 304
+
+
+async def test_openapi_explain_names_header_of_policy():
+    lab = Lab(policy_header=True)
+    header = DOC["paths"]["/explain"]["get"]["parameters"][1]["name"]
+    reply = await lab.get("/explain?model=m", headers={header.lower(): "round_robin"})
+    assert reply.json["policy"] == "round_robin"
 
 
 @pytest.mark.parametrize("limit", ["-1", "x", "1.5", ""])
