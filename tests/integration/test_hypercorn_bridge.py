@@ -397,6 +397,25 @@ async def test_http2_truncated_response_is_reset_after_last_byte(kind, path):
         await soon(lambda: not on.app.active)
 
 
+async def test_http2_truncated_response_can_be_read_before_its_reset(kind, monkeypatch):
+    """The last bytes have the error event, and curl drops what it has not read at the reset."""
+    monkeypatch.setattr("vllm_router.http.hypercorn.h2.DELAY_OF_RESET", 3600.0)
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        truncated, other = peer.request(b"/v1/truncated"), peer.request(b"/v1/empty")
+        await peer.flush()
+        found: list[h2.events.Event] = []
+        data = b""
+        while data != b"half of " or not any(
+            isinstance(e, h2.events.StreamEnded) and e.stream_id == other for e in found
+        ):
+            found += await peer.events()
+            data = b"".join(e.data for e in found if isinstance(e, h2.events.DataReceived))
+        assert not any(isinstance(e, h2.events.StreamReset) for e in found)
+        peer.h2.reset_stream(truncated)
+        await peer.flush()
+
+
 async def test_http2_client_reset_of_unread_stream_frees_application(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)

@@ -43,6 +43,10 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 DELAY_OF_GOAWAY = 0.2
 """Seconds between the last response on an HTTP/2 connection and its end, in a drain."""
 
+DELAY_OF_RESET = 0.2
+"""Seconds between the last byte of a response that breaks off and the reset of its stream: curl and
+others drop what they have not read yet, and the error event is there."""
+
 
 def _is_http1(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether a request head can be written as one of HTTP/1.1, which servers get.
@@ -173,6 +177,7 @@ class GuardedH2Protocol(H2Protocol):
             return
         if buffer.buffer:
             await buffer.drain()
+        await trio.sleep(DELAY_OF_RESET)
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
         await self._flush()
