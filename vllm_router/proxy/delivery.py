@@ -26,7 +26,7 @@ from vllm_router.proxy.downstream import (
 )
 from vllm_router.proxy.headers import sooner
 from vllm_router.proxy.record import STREAM, Record
-from vllm_router.proxy.relay import may_add_event, note_piece, read_ending, relay
+from vllm_router.proxy.relay import judge_ending, may_add_event, note_piece, relay
 from vllm_router.proxy.retry import (
     ANSWERED,
     FULL,
@@ -173,7 +173,7 @@ class Delivery:
         if response.tail is None:
             self._learn(response, response.usage)
             return outcome, True
-        ending, outcome, complete = read_ending(response, outcome)
+        ending, outcome, complete = judge_ending(response, outcome)
         if ending.verdict is Verdict.REJECTED:
             self._rejected = True
         self._learn(response, ending.usage)

@@ -369,13 +369,14 @@ class Exchange:
         if admission is None:
             return self._lease(candidates, now)
         if self._head.response_id is not None:
-            # What reads or cancels takes no place of a request, and waits for none.
+            # Reading or cancelling a stored response counts against no cap, so it need not wait.
             if not candidates:
                 raise attempts.candidates.no_server()
             return self._lease(candidates, now)
         return await admission.pass_through(ExchangeTicket(attempts, self._head), candidates, now)
 
     def _lease(self, candidates: Sequence[Server], now: float) -> tuple[Policy, Lease]:
+        """Let the policy pick, and take the lease in the same step: that spreads a burst."""
         policy, info = self.request.policy, self.request.info
         server, note = policy.pick(candidates, info, now)
         lease = server.lease(now)
@@ -423,7 +424,9 @@ class Exchange:
         record.bytes_out += len(body)
         record.chunks += 1
         last = {"type": BODY, "body": body, "more_body": False}
-        return None if downstream.early is not None else start, last
+        if downstream.early is not None:
+            return None, last  # the client has a head already
+        return start, last
 
 
 def _not_allowed(key: KeyConfig, model: str | None) -> Refused:

@@ -80,7 +80,7 @@ def note_piece(response: ServerResponse, record: Record, piece: bytes) -> None:
         response.tail.add(piece)
 
 
-def read_ending(response: ServerResponse, outcome: Outcome) -> tuple[Ending, Outcome, bool]:
+def judge_ending(response: ServerResponse, outcome: Outcome) -> tuple[Ending, Outcome, bool]:
     """The end of a relayed response, the outcome of the attempt, and whether it is complete.
 
     A complete one goes to the client as it is, with the error that it may end with. One without

@@ -231,7 +231,8 @@ class Probe:
     # -- metrics ------------------------------------------------------------------------------
 
     async def _keep_scraping(self) -> None:
-        page, skip = self._pages[METRICS_PATH], 0
+        page = self._pages[METRICS_PATH]
+        skip = 0  # scrapes to leave out, as the page was unusable
         server, pace = self._server, self._pace
         while True:
             woken, spared = self._scrape_now.is_set(), False
@@ -260,13 +261,17 @@ class Probe:
             self._combine(on=interval >= max(self._settings.health_check_interval, MODELS_EVERY))
             if interval > usual * page.pause:
                 skip = 0  # an unusable page of an idle server is read seldom anyway
-            is_stretched = interval > usual
-            interval *= self._jitter(stretched=is_stretched)
-            pause = max(interval / 4, began + interval - now)
-            with trio.move_on_after(pause):
-                await self._scrape_now.wait()
-            if is_stretched and trio.current_time() > now + pause + TOO_LATE:
-                await self._wait_for_turn(interval)
+            await self._wait_for_scrape(interval, began, now)
+
+    async def _wait_for_scrape(self, interval: float, began: float, now: float) -> None:
+        """Wait until `interval` seconds after the last scrape `began`, or for `_scrape_now`."""
+        stretched = interval > self._settings.metrics_interval
+        interval *= self._jitter(stretched=stretched)
+        pause = max(interval / 4, began + interval - now)
+        with trio.move_on_after(pause):
+            await self._scrape_now.wait()
+        if stretched and trio.current_time() > now + pause + TOO_LATE:
+            await self._wait_for_turn(interval)
 
     async def _wait_for_turn(self, interval: float) -> None:
         """Wait for up to one interval, unless the server gets a request.
@@ -348,8 +353,7 @@ class Probe:
             if page.refused(str(problem)):
                 logger.warning(
                     "server %s: /metrics cannot be used: %s. Its load is estimated from the "
-                    "requests of "
-                    "this router",
+                    "requests of this router",
                     self._server.name,
                     problem,
                 )
@@ -369,7 +373,8 @@ class Probe:
         health = self._server.active_health
         # Check a recovering server now, but not twice in a moment: the second result would add
         # nothing.
-        if not health.settled if health.up else reachable and not health.goods_in_row:
+        recovers = not health.up and reachable and not health.goods_in_row
+        if recovers or (health.up and not health.settled):
             self._check_now.set()
 
     # -- models -------------------------------------------------------------------------------
@@ -429,8 +434,7 @@ class Probe:
                 if self._pages[MODELS_PATH].refused(str(problem)):
                     logger.warning(
                         "server %s: /v1/models cannot be used: %s. %s; to fix this, list its "
-                        "models in "
-                        "servers.toml (models = [...])",
+                        "models in servers.toml (models = [...])",
                         name,
                         problem,
                         "It receives requests for models that no other server lists"

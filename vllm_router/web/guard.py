@@ -58,6 +58,7 @@ class Area(enum.Enum):
 _ALIVE = frozenset({"/livez", "/ping"})
 _HEALTH = frozenset({"/health", "/readyz"})
 _PAGE = frozenset({"/", "/sign-in"})
+_ONLY_PUBLIC = frozenset({Area.INFERENCE})
 _ONLY_AT_ADMIN = frozenset({Area.ENGINE_CONTROL, Area.ADMIN, Area.PAGE, Area.STATUS})
 
 
@@ -269,8 +270,9 @@ class Guard:
             raise Refused(403, "cross_origin", text)
 
     def _check_listener(self, scope: Scope, area: Area) -> None:
-        at_admin = self._at_admin(scope)
-        if (area is Area.INFERENCE) if at_admin else (area in _ONLY_AT_ADMIN):
+        """Raises Refused for a path that the other listener serves."""
+        only_at_the_other = _ONLY_PUBLIC if self._at_admin(scope) else _ONLY_AT_ADMIN
+        if area in only_at_the_other:
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
 
     def _at_admin(self, scope: Scope) -> bool:
