@@ -37,7 +37,7 @@ from vllm_router.observability import tracing
 from vllm_router.observability.formatting import configure_if_unset
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.policies import POLICY_NAMES
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.local_listener import LocalListener, LocalSockets
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.supervisor import Supervisor, log_memory_plan
@@ -71,7 +71,7 @@ def _refuse(message: str) -> NoReturn:
         raise SystemExit(2)
 
 
-class Application(Dispatcher):
+class Application(RequestDispatcher):
     """The dispatcher for Hypercorn, whose lifespan protocol starts and ends the supervisor."""
 
     def __init__(self) -> None:

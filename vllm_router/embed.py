@@ -35,7 +35,7 @@ from vllm_router.http.asgi_types import App
 from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 from vllm_router.routing.policies import POLICY_NAMES
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.parts import Parts
 from vllm_router.runtime.serve import (
@@ -113,7 +113,7 @@ async def serve(
     requests in flight at once. Raises OSError if the port is not available, CannotListen for the
     port of `admin_listen`, and ConfigError if the TLS files are unusable.
     """
-    app = Dispatcher()
+    app = RequestDispatcher()
     front = Listener(
         app,
         accepts=is_inference,
@@ -154,7 +154,7 @@ async def run_app(
     It serves HTTP and the websocket of the feed, and is called on the same Trio thread. The server
     listens, and ends TLS.
     """
-    app = Dispatcher()
+    app = RequestDispatcher()
     async with trio.open_nursery() as nursery:
         supervisor = Supervisor(config, None, parts=_parts())
         app.attach(supervisor)

@@ -13,7 +13,7 @@ from trio_websocket import ConnectionClosed, wrap_client_stream
 from support.fleet_makers import go_down
 from support.front_harness import HOST, PATIENCE, running
 from support.web_harness import Lab
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.web import schema
 
 UPGRADE = {
@@ -62,7 +62,7 @@ class Served:
 @asynccontextmanager
 async def served(servers=2, **settings):
     lab = Lab(servers, **settings)
-    app = Dispatcher()
+    app = RequestDispatcher()
     app.attach(lab.router)
     async with running(app=app) as front, trio.open_nursery() as nursery:
         nursery.start_soon(lab.router.feed.run)

@@ -16,7 +16,7 @@ from vllm_router.web.app import make_app
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
-class Dispatcher:
+class RequestDispatcher:
     """Dispatches requests by path to the parts of an attached, running supervisor."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from vllm_router.http.server.listener import Listener
 from vllm_router.observability import tracing
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.paths import is_inference
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.local_listener import LocalListener, LocalSockets
 from vllm_router.runtime.service_manager import ServiceManager
 from vllm_router.runtime.supervisor import Supervisor, log_memory_plan
@@ -103,7 +103,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     Raises OSError if the public port is not available, CannotListen for other listeners, and
     ConfigError if the TLS files are unusable.
     """
-    app = Dispatcher()
+    app = RequestDispatcher()
     settings = options.config.settings
     log_memory_plan(settings, options.workers)
     limits = client_limits(settings)

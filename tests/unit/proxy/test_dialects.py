@@ -16,7 +16,7 @@ from vllm_router.http.error_format import anthropic_type, path_of
 from vllm_router.http.http_error import HttpError
 from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches", "/v1/messages/")
 
@@ -38,7 +38,7 @@ class Whole:
 
     def __init__(self, **settings: Any) -> None:
         self.lab = Lab(1, **settings)
-        self._app = Dispatcher()
+        self._app = RequestDispatcher()
         self._app.attach(self.lab.router, self.lab.app)
 
     async def ask(self, method: str, target: str, **more: Any) -> Reply:

@@ -9,7 +9,7 @@ import pytest
 
 from support.web_harness import Lab, Reply
 from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY, OUTLET
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 
 ORIGIN = "https://chat.example"
 CHAT = "/v1/chat/completions"
@@ -22,7 +22,7 @@ class Parts:
         self.lab = Lab(1, **settings)
         self.proxied: list[dict[str, Any]] = []
         self.controlled: list[dict[str, Any]] = []
-        self.app = Dispatcher()
+        self.app = RequestDispatcher()
         self.app.attach(self.lab.router, self._control)
         self.lab.router.proxy = _Proxy(self.lab.router.proxy.context, self.proxied)  # type: ignore[assignment]
 
@@ -50,7 +50,7 @@ async def _answer(send: Any) -> None:
 
 async def test_dispatch_without_supervisor_is_an_error():
     with pytest.raises(RuntimeError, match="must speak the lifespan protocol"):
-        await Dispatcher()({}, None, None)  # type: ignore[arg-type]
+        await RequestDispatcher()({}, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,14 @@ class WaitingQueue(Generic[E]):
             if current > rank:
                 heappush(heads, (current, queue))  # the key had a turn in another route queue
                 continue
-            verdict = give(entry)
-            if verdict is OfferResult.BLOCKED:
+            result = give(entry)
+            if result is OfferResult.BLOCKED:
                 continue
-            if verdict is OfferResult.HELD:
+            if result is OfferResult.HELD:
                 held.append(self._hold(entry, now))
             else:
                 gone.append(entry)
-                if verdict is OfferResult.SERVED:
+                if result is OfferResult.SERVED:
                     entry.served_at = self.stamp(now)
                     self.served(entry, now)
                 else:

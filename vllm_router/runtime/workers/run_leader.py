@@ -17,7 +17,7 @@ from vllm_router.http.server.listener import Listener
 from vllm_router.observability import tracing
 from vllm_router.routing.paths import is_inference
 from vllm_router.routing.policies import POLICY_NAMES
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.local_listener import LocalListener
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.serve import (
@@ -43,7 +43,7 @@ async def run(environment: Environment) -> None:
     """Lead until ordered to drain."""
     spec, control, output = environment.spec, environment.control, environment.output
     config = environment.config
-    app = Dispatcher()
+    app = RequestDispatcher()
     limits = client_limits(config.settings)
     handler = HypercornHandler(app, limits=limits, on_rejected=output.access.refused)
     handler.closing = True  # the next request may be for inference, which workers serve

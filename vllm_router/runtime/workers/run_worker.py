@@ -11,7 +11,7 @@ import trio
 from vllm_router.http.server.listener import Listener
 from vllm_router.observability import tracing
 from vllm_router.routing.paths import is_inference
-from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.serve import (
     client_limits,
     drain,
@@ -36,7 +36,7 @@ LAST_REPORT = 1.0
 async def run(environment: Environment) -> None:
     """Serve until ordered to drain."""
     spec, control, output = environment.spec, environment.control, environment.output
-    app = Dispatcher()
+    app = RequestDispatcher()
     (channel,) = environment.channels
     counters = environment.counters()
     reporter = Reporter(channel)
