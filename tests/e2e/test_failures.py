@@ -277,18 +277,23 @@ async def test_sigterm_drains_and_ends_late_streams_with_error(tmp_path):
         assert all("router_stopping" in r.text for r in results if r.ended == "error event")
 
 
-async def test_sigterm_twice_exits_at_once(tmp_path):
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")], ids=["alone", "workers"])
+async def test_sigterm_twice_exits_at_once(tmp_path, workers):
+    config = lambda mocks: servers_toml((m.url for m in mocks), drain_timeout=300)  # noqa: E731
     with (
         mock_processes(1, "--model", "m", "--token-delay", "0.02") as mocks,
-        router_process(servers_toml((m.url for m in mocks), drain_timeout=300), tmp_path) as router,
+        router_process(config(mocks), tmp_path, *workers) as router,
     ):
+        results, begun = [], trio.Event()
         async with trio.open_nursery() as nursery:
 
             async def stream() -> None:
                 async with httpx_client(router.url) as client:
-                    await ask(client, chat(stream=True, max_tokens=2000))
+                    body = chat(stream=True, max_tokens=2000)
+                    results.append(await ask(client, body, on_chunk=begun.set))
 
             nursery.start_soon(stream)
+            await begun.wait()
             while mocks[0].stats()["running"] < 1:
                 await trio.sleep(0.01)
             os.kill(router.process.pid, signal.SIGINT)
@@ -297,3 +302,6 @@ async def test_sigterm_twice_exits_at_once(tmp_path):
             )
             os.kill(router.process.pid, signal.SIGINT)
             assert await trio.to_thread.run_sync(router.process.wait, 60) == 0
+        assert [one.ended for one in results] == ["error event"]
+        assert "router_stopping" in results[0].text
+        router.wait_for_text("200 stopped")

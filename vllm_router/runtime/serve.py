@@ -164,8 +164,10 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             nursery.start_soon(manager.run, supervisor.status_line)
             await signals.first.wait()
             manager.stopping()
-            with signals.until_second():
+            with signals.until_second() as patience:
                 await drain(supervisor, front)
+            if patience.cancelled_caught:
+                await supervisor.end_requests()
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")

@@ -443,13 +443,18 @@ class Supervisor:
             await self.proxy.drained()
         self.proxy.context.stopping = True
         if patience.cancelled_caught:
-            logger.warning(
-                "drain_timeout reached: cancelled %d requests in flight", self.proxy.stop()
-            )
-            with trio.move_on_after(END_TIME):
-                await self.proxy.drained()
+            running = len(self.proxy.context.exchanges)
+            logger.warning("drain_timeout reached: cancelled %d requests in flight", running)
+            await self.end_requests()
         if not others_drain:
             self.feed.close()
+
+    async def end_requests(self) -> None:
+        """Cancel the requests in flight with an error."""
+        self.proxy.context.stopping = True
+        self.proxy.stop()
+        with trio.move_on_after(END_TIME):
+            await self.proxy.drained()
 
     @property
     def ready(self) -> bool:

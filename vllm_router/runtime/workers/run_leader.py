@@ -91,7 +91,7 @@ async def run(environment: Environment) -> None:
             nursery.start_soon(_drain_with_workers, supervisor, handler, lame)
             control.send(control_channel.SERVING)
             await control.first.wait()
-            with control.until_second():
+            with control.until_second() as patience:
                 # The workers have ended, so that all requests had time to finish.
                 front.stop_accepting()
                 front.begin_drain()
@@ -99,6 +99,8 @@ async def run(environment: Environment) -> None:
                 with trio.move_on_after(LINGER):
                     while front.connections or handler.connections:  # noqa: ASYNC110  once
                         await trio.sleep(0.01)
+            if patience.cancelled_caught:
+                await supervisor.end_requests()
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")

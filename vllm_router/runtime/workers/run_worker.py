@@ -81,8 +81,10 @@ async def run(environment: Environment) -> None:
             worker.stats.serving = True
             control.send(control_channel.SERVING)
             await control.first.wait()
-            with control.until_second():
+            with control.until_second() as patience:
                 await drain(supervisor, front, partial(_wind_down, supervisor, handover))
+            if patience.cancelled_caught:
+                await supervisor.end_requests()
             worker.stats.serving = False
             with trio.move_on_after(LAST_REPORT), contextlib.suppress(trio.BrokenResourceError):
                 await reporter.flush()
