@@ -226,7 +226,7 @@ def test_systemd_is_notified_of_start_reload_and_stop(tmp_path, monkeypatch):
 def patient(directory: Path) -> type[RouterProcess]:
     """A router that waits much longer than a second for requests on idle connections."""
     (directory / "sitecustomize.py").write_text(
-        "import vllm_router.runtime.serve\nvllm_router.runtime.serve.LAST_CALL = 100.0\n"
+        "import vllm_router.runtime.serve\nvllm_router.runtime.serve.IDLE_GRACE = 100.0\n"
     )
 
     class Router(RouterProcess):

@@ -373,11 +373,11 @@ async def test_front_drain_closes_idle_and_finishes_busy_connections(kind):
         await on.front.drained()
 
 
-async def test_front_last_call_keeps_idle_connection_for_one_request(kind):
+async def test_front_close_after_responses_keeps_idle_connection_for_one_request(kind):
     async with running(kind) as on, connected(on.port) as idle, connected(on.port) as fresh:
         await idle.send(post())
         await idle.reply()
-        on.front.last_call()
+        on.front.close_after_responses()
         for client in (idle, fresh):
             await client.send(post())
             reply = await client.reply()

@@ -105,7 +105,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         unless it is 0.
     max_retries: further attempts of a request on other servers, as long as no byte of a response
         has reached the client. Servers that are full or cannot be reached do not count while
-        another one is surely well. 0: none at all.
+        another one is known good. 0: none at all.
     replay: whether a request that was already sent may be sent to another server. A failed
         connect is always retried.
     policy: name of the policy that chooses servers, see `routing/policies/`.

@@ -438,9 +438,10 @@ class Server:
         since, self._check_began = self._check_began, now - elapsed
         self.checked_at = now
         if check is Check.BUSY:
+            check = Check.UNHEALTHY
             if self._responses_flow(now):
+                check = Check.GOOD
                 self.refused(now, CHECK_BACKOFF)
-            check = Check.GOOD if self._responses_flow(now) else Check.UNHEALTHY
         if check is Check.TIMEOUT and self.last_byte_at >= since > -math.inf:
             check = Check.GOOD
         return self._health_judged(self.active_health.observe(check, elapsed, now, detail), now)

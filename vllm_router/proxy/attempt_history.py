@@ -120,7 +120,7 @@ class AttemptHistory:
             fresh,
             len(self.doubted) + (outcome in DOUBTFUL),
             self._costless,
-            bool(candidates.surely_well(others, now)),
+            bool(candidates.known_good(others, now)),
         )
         context = self._context
         return decide(outcome, state, context.settings.max_retries, context.budget)

@@ -85,7 +85,7 @@ class Candidates:
             return fleet.candidates(model, now)
         if not self.tried:
             return found
-        found = self.surely_well(found, now) or found
+        found = self.known_good(found, now) or found
         return self._on_other_machines(found, now) or found
 
     def _on_other_machines(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
@@ -98,7 +98,7 @@ class Candidates:
         machines = {server.machine for server in self.tried if died(server, now)}
         return tuple([server for server in servers if server.machine not in machines])
 
-    def surely_well(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
+    def known_good(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
         """The servers among these that are up, not full, and have failed nothing recently."""
         failures = self._context.failures
         return tuple([s for s in servers if failures.is_free(s, now) and is_fully_healthy(s, now)])

@@ -19,7 +19,7 @@ SAME_MOMENT = 1.0
 """Seconds within which servers have failed together."""
 
 RECENT = 10.0
-"""Seconds for which a server that has failed a request is not one that is surely well."""
+"""Seconds for which a server that has failed a request is not known good."""
 
 _NEVER = float("inf")
 

@@ -346,7 +346,7 @@ class RetryContext:
     fresh_connection_tried: bool = False
     doubtful: int = 0  # attempts that ended in one of DOUBTFUL, this one included
     costless: int = 0  # attempts that ended in one of COSTLESS, this one included
-    well_left: bool = False  # a candidate is up, not full, and has failed nothing recently
+    known_good_left: bool = False  # a candidate is up, not full, and has failed nothing for a while
 
 
 def decide(
@@ -375,13 +375,15 @@ def decide(
         return RetryDecision.NO
     if outcome in NOT_COMPUTED or budget.withdraw():
         return RetryDecision.ELSEWHERE
-    return RetryDecision.ELSEWHERE if state.well_left and outcome in FAILURES else RetryDecision.NO
+    if state.known_good_left and outcome in FAILURES:
+        return RetryDecision.ELSEWHERE
+    return RetryDecision.NO
 
 
 def _may_go_on(state: RetryContext, max_retries: int) -> bool:
     """Whether a request with a healthy server left has used its retries on costless attempts."""
     paid = state.attempts - state.costless
-    return state.well_left and 0 < max_retries >= paid
+    return state.known_good_left and 0 < max_retries >= paid
 
 
 _ANSWERS = frozenset({501, 505, 508})

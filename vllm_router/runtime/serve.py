@@ -285,8 +285,8 @@ async def drain(
     if not supervisor.in_flight:
         supervisor.feed.close()
     front.stop_accepting()
-    front.last_call()
-    with trio.move_on_after(LAST_CALL):
+    front.close_after_responses()
+    with trio.move_on_after(IDLE_GRACE):
         await front.drained()
     front.begin_drain()
     await (wind_down or supervisor.wind_down)()
@@ -294,7 +294,7 @@ async def drain(
         await front.drained()
 
 
-LAST_CALL = 1.0
+IDLE_GRACE = 1.0
 """Seconds that idle connections stay open, because a request may be on its way; it is served.
 
 `/readyz` fails already. Clients notice the closed port, or the end of their last response.

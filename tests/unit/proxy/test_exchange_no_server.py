@@ -148,7 +148,7 @@ async def test_retry_prefers_server_without_recent_failure(autojump_clock, ago, 
         assert (got[b"x-vllm-router-attempts"], got[b"x-vllm-router-server"]) == (b"2", taken)
 
 
-async def test_retry_without_surely_well_server_takes_another(autojump_clock):
+async def test_retry_without_known_good_server_takes_another(autojump_clock):
     async with lab(answering(BROKEN), answering(GOOD)) as rig:
         await trio.sleep(100.0)
         rig.prefer("a")

@@ -41,7 +41,7 @@ ACCEPTS_PER_TURN = 16
 PAUSE_WHEN_EXHAUSTED = 0.1
 """Seconds without accepting after descriptors or memory have run out."""
 
-RELIEF = 0.9
+IDLE_AGAIN_BELOW = 0.9
 """Share of `max_connections` below which connections may be idle again."""
 
 FULL_LOG_INTERVAL = 60.0
@@ -190,7 +190,7 @@ class Listener:
         """
         self._accepting.cancel(reason="stop accepting")
 
-    def last_call(self) -> None:
+    def close_after_responses(self) -> None:
         """Make every response the last one of its connection.
 
         Idle connections stay open until `begin_drain`: their clients may be about to use them.
@@ -201,7 +201,7 @@ class Listener:
 
     def begin_drain(self) -> None:
         """Close idle connections at once, and the others after their response."""
-        self.last_call()
+        self.close_after_responses()
         self._dispatcher.drain()
 
     async def drained(self) -> None:
@@ -317,7 +317,7 @@ class Listener:
         finally:
             sock.close()
             self._count(-1)
-            if self._full and self._open < self._max_connections * RELIEF:
+            if self._full and self._open < self._max_connections * IDLE_AGAIN_BELOW:
                 self._full = False
                 self._set_closing()
             self._notify()

@@ -10,7 +10,7 @@ import trio
 from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError, RouterError
 from vllm_router.observability.log_output import LogOutput, Overrides
-from vllm_router.runtime.serve import LAST_CALL, LINGER
+from vllm_router.runtime.serve import IDLE_GRACE, LINGER
 from vllm_router.runtime.workers import control_channel, run_leader, run_worker, spawn_spec
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.clock import SharedClock
@@ -64,4 +64,4 @@ def _run(spec: SpawnSpec, control: ControlChannel, channels: list[Channel]) -> N
 def _longest_end(config: Config) -> float:
     """Seconds that an orderly shutdown may take."""
     settings = config.settings
-    return settings.drain_grace + settings.drain_timeout + LAST_CALL + LINGER + LAST_REPORT
+    return settings.drain_grace + settings.drain_timeout + IDLE_GRACE + LINGER + LAST_REPORT

@@ -389,7 +389,7 @@ class SharedQueue:
         self.wakeups = wakeups
 
     def make_peers(self, admission: AdmissionQueue) -> Peers:
-        """The peers of a new admission; the previous admission has dismissed its requests."""
+        """The peers of a new queue; the previous queue has refused its requests."""
         return QueuePeers(admission, self._board, self._number, self.wakeups.notify)
 
 

@@ -21,7 +21,7 @@ from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.local_listener import LocalListener
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.serve import (
-    LAST_CALL,
+    IDLE_GRACE,
     LINGER,
     client_limits,
     follow_limits,
@@ -126,6 +126,6 @@ async def _drain_with_workers(
     """Finish the connections that workers have handed over while the workers finish theirs."""
     await lame.wait()
     await supervisor.lame_duck()
-    await trio.sleep(LAST_CALL)
+    await trio.sleep(IDLE_GRACE)
     handler.drain()
     await supervisor.wind_down(others_drain=True)
