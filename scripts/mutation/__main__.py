@@ -264,7 +264,8 @@ def choose(
 ) -> list[pytest.Item]:
     """The tests that run one of the lines: alternating between files, the narrowest tests first.
 
-    Files of the module's room, or with a word of its name in theirs, take NEAR_TURNS at a time.
+    Files of the module's part of the package, or with a word of its name in theirs, take
+    NEAR_TURNS at a time.
     """
     by_file: dict[str, list[tuple[int, str]]] = {}
     for nodeid, test in mapped.items():
@@ -288,8 +289,8 @@ def choose(
 
 def _is_near(file: str, module: str) -> bool:
     words = set(Path(module).stem.split("_"))
-    rooms = ("fleet", "routing", "config", "http")  # the tests of the proxy are many and slow
-    return Path(file).parts[2] == Path(module).parts[1] in rooms or bool(
+    parts = ("fleet", "routing", "config", "http")  # the tests of the proxy are many and slow
+    return Path(file).parts[2] == Path(module).parts[1] in parts or bool(
         words & set(Path(file).stem.split("_"))
     )
 

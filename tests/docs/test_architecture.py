@@ -12,8 +12,8 @@ PAGES = (
     *("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
     *("docs/glossary.md", "docs/performance.md"),
 )
-ROOMS = sorted(path.name for path in (ROOT / "vllm_router").iterdir() if path.is_dir())
-PATH = re.compile(rf"`((?:tests|scripts|docs|deploy|{'|'.join(ROOMS)})/[\w./-]*)`")
+PARTS = sorted(path.name for path in (ROOT / "vllm_router").iterdir() if path.is_dir())
+PATH = re.compile(rf"`((?:tests|scripts|docs|deploy|{'|'.join(PARTS)})/[\w./-]*)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -26,7 +26,7 @@ def test_page_links_and_paths_exist(page: str) -> None:
         if "://" not in target and not (ROOT / page).parent.joinpath(target).exists()
     ]
     for path in PATH.findall(text):
-        base = ROOT / "vllm_router" if path.split("/")[0] in ROOMS else ROOT
+        base = ROOT / "vllm_router" if path.split("/")[0] in PARTS else ROOT
         if not (base / path).exists():
             missing.append(path)
     assert missing == []
@@ -34,4 +34,4 @@ def test_page_links_and_paths_exist(page: str) -> None:
 
 def test_architecture_names_every_room() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    assert [room for room in ROOMS if not room.startswith("__") and f"`{room}/`" not in text] == []
+    assert [part for part in PARTS if not part.startswith("__") and f"`{part}/`" not in text] == []

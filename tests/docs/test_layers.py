@@ -14,7 +14,7 @@ import vllm_router
 
 PACKAGE = Path(vllm_router.__file__).parent
 
-# A room imports only rooms of lower levels. Rooms of the same level do not know each other.
+# A part imports only parts of lower levels. Parts of the same level do not know each other.
 LEVELS = (
     {"errors", "steps"},
     {"config", "http"},
@@ -27,7 +27,7 @@ LEVELS = (
     {"asgi", "cli", "embed"},
     {"__main__"},
 )
-LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # Simulated servers are for commands and tests; `run --demo` starts some in the router's process.
 MAY_USE_LAB = {"cli", "runtime"}
@@ -57,7 +57,7 @@ PURE_MODULES = (
     "proxy.status_rules",
 )
 IMPURE = {
-    # They read files and build TLS contexts for the pure rest of their room.
+    # They read files and build TLS contexts for the pure rest of their part.
     "vllm_router.config.reload",
     "vllm_router.config.ssl_contexts",
 }
@@ -109,7 +109,7 @@ def all_imports() -> dict[str, set[str]]:
     return {module: imports_of(module) for module in MODULES}
 
 
-def room_of(module: str) -> str | None:
+def part_of(module: str) -> str | None:
     """`fleet` for vllm_router.fleet.health; None for other distributions and the root."""
     parts = module.split(".")
     return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
@@ -136,8 +136,8 @@ def test_layers_imports_are_found_in_every_form(source: str, expected: str) -> N
 
 
 def test_layers_every_module_is_in_the_level_list() -> None:
-    rooms = {room_of(module) for module in MODULES} - {None}
-    assert rooms == set(LEVEL_OF)
+    parts = {part_of(module) for module in MODULES} - {None}
+    assert parts == set(LEVEL_OF)
 
 
 def test_layers_rooms_import_only_lower_levels() -> None:
@@ -145,19 +145,19 @@ def test_layers_rooms_import_only_lower_levels() -> None:
         f"{module} -> {imported}"
         for module, found in all_imports().items()
         for imported in found
-        if (room := room_of(module)) is not None
-        and (other := room_of(imported)) is not None
-        and room != other
-        and LEVEL_OF[other] >= LEVEL_OF[room]
+        if (part := part_of(module)) is not None
+        and (other := part_of(imported)) is not None
+        and part != other
+        and LEVEL_OF[other] >= LEVEL_OF[part]
     ]
     assert upward == []
 
 
 def test_layers_lab_is_imported_by_commands_only() -> None:
     users = {
-        room_of(module)
+        part_of(module)
         for module, found in all_imports().items()
-        if any(room_of(imported) == "lab" for imported in found)
+        if any(part_of(imported) == "lab" for imported in found)
     }
     assert users - {"lab"} <= MAY_USE_LAB
 
@@ -168,7 +168,7 @@ def test_layers_mock_shares_only_http_with_router() -> None:
         for module, found in all_imports().items()
         if within(module, (MOCK,))
         for imported in found
-        if room_of(imported) is not None and not within(imported, MOCK_MAY_USE)
+        if part_of(imported) is not None and not within(imported, MOCK_MAY_USE)
     ]
     assert foreign == []
 
