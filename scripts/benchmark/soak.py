@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -157,6 +158,10 @@ def main(given: list[str]) -> int:
     parser.add_argument("--no-install", action="store_true", help="no picture without matplotlib")
     parser.add_argument("--results", type=Path, help="where JSON and picture go (.bench/results)")
     args = parser.parse_args(given)
+    for name in ("minutes", "interval"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            parser.error(f"{name}: expected a number > 0, got {value:g}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise_descriptor_limit()
     environment = Environment(ROOT / ".bench", install=not args.no_install)

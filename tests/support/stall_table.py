@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--front", choices=FRONTS, default="lane")
     parser.add_argument("--table", nargs="*", choices=TABLES, default=list(TABLES))
     options = parser.parse_args()
+    if options.tree is not None and not options.tree.is_dir():
+        parser.error(f"expected the directory of another tree, got {options.tree}")
     trees = [*([options.tree.resolve()] if options.tree else []), HERE]
     columns = [measure(tree, options.front, options.table) for tree in trees]
     print("| Input | " + " | ".join(f"{tree.name}, ms" for tree in trees) + " |")

@@ -673,7 +673,13 @@ def test_simulate_command_quick_runs_all_loads_if_they_are_named():
     ("arguments", "problem"),
     [
         (("--slow", "7:2"), "there is no server 7: they are 0 to 1"),
-        (("--slow", "x"), "expected a server's number and a factor like 0:5"),
+        (("--slow", "x"), "expected a server's number and a factor above 0 like 0:5, got 'x'"),
+        (("--slow", "0:nan"), "expected a server's number and a factor above 0"),
+        (("--slow", "0:0"), "expected a server's number and a factor above 0"),
+        (("--seconds", "nan"), "'--seconds': expected a finite number, got 'nan'"),
+        (("--period", "inf"), "'--period': expected a finite number, got 'inf'"),
+        (("--tokens-per-request", "0"), "'--tokens-per-request': 0.0 is not in the range x>0"),
+        (("--waste-growth", "-1"), "'--waste-growth': -1.0 is not in the range x>=0"),
     ],
 )
 def test_simulate_command_reports_errors(arguments: tuple[str, ...], problem: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,18 @@ FEW = 30
 """A replayed log with fewer requests after the warm-up has no meaningful percentiles."""
 
 
+class _Finite(click.FloatRange):
+    """A number in a range; `nan` is within every range of click's own."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value!r}", param, ctx)
+        return number
+
+
 class _SlowServer(click.ParamType[tuple[int, float]]):
     """`SERVER:FACTOR`."""
 
@@ -67,9 +80,12 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     ) -> tuple[int, float]:
         place, _, factor = str(value).partition(":")
         try:
-            return int(place), float(factor or 5.0)
+            server, times = int(place), float(factor or 5.0)
         except ValueError:
-            self.fail(f"expected a server's number and a factor like 0:5, got {value!r}")
+            server, times = 0, math.nan
+        if not 0 < times < math.inf:
+            self.fail(f"expected a server's number and a factor above 0 like 0:5, got {value!r}")
+        return server, times
 
 
 @click.command(name="simulate", context_settings={"show_default": True})
@@ -102,7 +118,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(5),
+    type=_Finite(5),
     default=60.0,
     help="Simulated, per run; longer at loads below 50 and for some workloads.",
 )
@@ -124,7 +140,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
 @click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
 @click.option(
-    "--period", type=click.FloatRange(0.01), default=0.2, help="Seconds between two such messages."
+    "--period", type=_Finite(0.01), default=0.2, help="Seconds between two such messages."
 )
 @click.option(
     "--balancer",
@@ -134,27 +150,34 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 )
 @click.option(
     "--session-admission",
-    type=click.FloatRange(0),
+    type=_Finite(0),
     default=0.0,
     help="Let new sessions wait until they fit into a cache; the session_idle in seconds, 0: off.",
 )
-@click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
+@click.option("--metrics-interval", type=_Finite(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
     "--failing", multiple=True, type=int, help="A server that fails everything, /health green."
 )
 @click.option("--restarting", multiple=True, type=int, help="A server that restarts.")
-@click.option(
-    "--plain", type=click.FloatRange(0, 1), default=0.0, help="Share of answers not streamed."
-)
+@click.option("--plain", type=_Finite(0, 1), default=0.0, help="Share of answers not streamed.")
 @click.option(
     "--replay",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The router's access log (JSON lines) instead of a workload.",
 )
-@click.option("--tokens-per-request", default=_POLICY_SETTINGS.tokens_per_request, help="Knob T.")
-@click.option("--waste-growth", default=_POLICY_SETTINGS.waste_growth, help="Knob K.")
-@click.option("--prompt-growth", default=_POLICY_SETTINGS.prompt_growth, help="Knob K'.")
+@click.option(
+    "--tokens-per-request",
+    type=_Finite(0, min_open=True),
+    default=_POLICY_SETTINGS.tokens_per_request,
+    help="Knob T.",
+)
+@click.option(
+    "--waste-growth", type=_Finite(0), default=_POLICY_SETTINGS.waste_growth, help="Knob K."
+)
+@click.option(
+    "--prompt-growth", type=_Finite(0), default=_POLICY_SETTINGS.prompt_growth, help="Knob K'."
+)
 @click.option(
     "--json",
     "json_file",

@@ -1,0 +1,41 @@
+"""The scripts name a wrong argument, and do nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "problem"),
+    [
+        ("bench-decisions", ["nope"], "invalid choice: 'nope' (choose from 'adaptive'"),
+        ("check-dist", ["--nope"], "unknown arguments --nope"),
+        ("check-dist", ["--sbom"], "unknown arguments --sbom"),
+        ("follow-readme", ["--nope"], "unrecognized arguments: --nope"),
+        ("gen-docs", ["--nope"], "unrecognized arguments: --nope"),
+        ("soak", ["nan"], "minutes: expected a number > 0, got nan"),
+        ("stalls", ["/nowhere"], "expected the directory of another tree, got /nowhere"),
+    ],
+)
+def test_script_wrong_arguments_are_named_and_nothing_runs(
+    script: str, arguments: list[str], problem: str
+):
+    beside = Path(sys.executable).parent
+    done = subprocess.run(
+        [ROOT / "scripts" / script, *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "PATH": f"{beside}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
