@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from vllm_router.cli.common import Failure, existing_config, load_config
 from vllm_router.cli.options import config_file
+from vllm_router.lab.finite_range import FiniteRange
 from vllm_router.observability.formatting import FORMATS, LEVELS
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class DemoServers(click.IntRange):
     envvar="VLLM_ROUTER_DEMO_LOAD",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, 20),
+    type=FiniteRange(0, 20),
     metavar="X",
     help="The demo's own traffic: this many times four requests per second; 0 for none.",
 )

@@ -57,6 +57,8 @@ def assert_one_line(result: Result, *words: str) -> None:
         (["run", "--log-level", "loud"], ["--log-level", "loud"]),
         (["run", "--demo", "0"], ["--demo"]),
         (["run", "--demo", "many"], ["--demo", 'a number of servers from 1 to 100, got "many"']),
+        (["run", "--demo", "--demo-load", "nan"], ["--demo-load", "a finite number, got 'nan'"]),
+        (["monitor", "--interval", "nan"], ["--interval", "a finite number, got 'nan'"]),
         (["run", "servers.toml"], ["servers.toml"]),
         (["run", "--demo", "--server", "http://a"], ["--server", "--demo", "exclude"]),
         (["run", "--config", "f", "--server", "http://a"], ["--config", "--server", "exclude"]),

@@ -20,6 +20,7 @@ from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.terminal import on_terminal
 from vllm_router.cli.monitor.texts import LANGUAGES, Texts, language_of
 from vllm_router.cli.options import for_router
+from vllm_router.lab.finite_range import FiniteRange
 from vllm_router.runtime.early_signals import raise_on_interrupt
 
 LAST_LINES = 10
@@ -39,7 +40,7 @@ class NoRouterThere(click.ClickException):
     "--interval",
     default=5.0,
     show_default=True,
-    type=click.FloatRange(0.1, 3600),
+    type=FiniteRange(0.1, 3600),
     help="Seconds between two lines, if the output is no terminal.",
 )
 @click.option(

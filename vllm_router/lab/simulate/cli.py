@@ -12,6 +12,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from vllm_router.lab.finite_range import FiniteRange
 from vllm_router.lab.simulate import plots
 from vllm_router.lab.simulate.grid import (
     ALL_POLICIES,
@@ -56,18 +57,6 @@ _POLICY_SETTINGS = PolicySettings()
 
 FEW = 30
 """A replayed log with fewer requests after the warm-up has no meaningful percentiles."""
-
-
-class _Finite(click.FloatRange):
-    """A number in a range; `nan` is within every range of click's own."""
-
-    def convert(
-        self, value: float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"expected a finite number, got {value!r}", param, ctx)
-        return number
 
 
 class _SlowServer(click.ParamType[tuple[int, float]]):
@@ -118,7 +107,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
 @click.option(
     "--seconds",
-    type=_Finite(5),
+    type=FiniteRange(5),
     default=60.0,
     help="Simulated, per run; longer at loads below 50 and for some workloads.",
 )
@@ -140,7 +129,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
 @click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
 @click.option(
-    "--period", type=_Finite(0.01), default=0.2, help="Seconds between two such messages."
+    "--period", type=FiniteRange(0.01), default=0.2, help="Seconds between two such messages."
 )
 @click.option(
     "--balancer",
@@ -150,17 +139,17 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 )
 @click.option(
     "--session-admission",
-    type=_Finite(0),
+    type=FiniteRange(0),
     default=0.0,
     help="Let new sessions wait until they fit into a cache; the session_idle in seconds, 0: off.",
 )
-@click.option("--metrics-interval", type=_Finite(0.01), default=0.5, help="Seconds.")
+@click.option("--metrics-interval", type=FiniteRange(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
     "--failing", multiple=True, type=int, help="A server that fails everything, /health green."
 )
 @click.option("--restarting", multiple=True, type=int, help="A server that restarts.")
-@click.option("--plain", type=_Finite(0, 1), default=0.0, help="Share of answers not streamed.")
+@click.option("--plain", type=FiniteRange(0, 1), default=0.0, help="Share of answers not streamed.")
 @click.option(
     "--replay",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -168,15 +157,15 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 )
 @click.option(
     "--tokens-per-request",
-    type=_Finite(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=_POLICY_SETTINGS.tokens_per_request,
     help="Knob T.",
 )
 @click.option(
-    "--waste-growth", type=_Finite(0), default=_POLICY_SETTINGS.waste_growth, help="Knob K."
+    "--waste-growth", type=FiniteRange(0), default=_POLICY_SETTINGS.waste_growth, help="Knob K."
 )
 @click.option(
-    "--prompt-growth", type=_Finite(0), default=_POLICY_SETTINGS.prompt_growth, help="Knob K'."
+    "--prompt-growth", type=FiniteRange(0), default=_POLICY_SETTINGS.prompt_growth, help="Knob K'."
 )
 @click.option(
     "--json",
