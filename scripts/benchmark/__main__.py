@@ -18,6 +18,7 @@ from typing import Any
 
 from .contestants import CONTESTANTS, contestant
 from .environment import ROOT, Environment, Skipped, say
+from .options import above_zero, count, directory
 from .report import markdown, summary
 from .run import Bench, Options
 from .workloads import WORKLOADS, tiny
@@ -35,8 +36,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
         help=f"{', '.join(CONTESTANTS)} (all); lane@REVISION or lane@DIRECTORY is another version",
     )
     parser.add_argument("--workloads", metavar="X,Y", help=f"{', '.join(WORKLOADS)} (all)")
-    parser.add_argument("--repeat", type=int, metavar="N", help="rounds; the median counts (5)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="of one measurement (4)")
+    parser.add_argument("--repeat", type=count, metavar="N", help="rounds; the median counts (5)")
+    parser.add_argument("--seconds", type=above_zero, metavar="S", help="of one measurement (4)")
     parser.add_argument(
         "--cores",
         type=int,
@@ -59,7 +60,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--report", metavar="FILE", help="only print the tables of these results")
     parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="where the JSON goes (.bench/results)"
+        "--results", type=directory, metavar="DIR", help="where the JSON goes (.bench/results)"
     )
     return parser.parse_args(given)
 
@@ -67,7 +68,11 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 def main(given: Sequence[str]) -> int:
     args = arguments(given)
     if args.report:
-        document = json.loads(Path(args.report).read_text())
+        try:
+            document = json.loads(Path(args.report).read_text())
+        except (OSError, ValueError) as error:
+            say(f"scripts/bench: --report {args.report}: {error}")
+            return 2
         print(markdown(document, _baseline(args.baseline, document)))
         return 0
     quick = args.quick

@@ -24,6 +24,7 @@ from pathlib import Path
 import trio
 
 from .environment import ROOT, Environment, Skipped, say
+from .options import above_zero
 from .routing_clients import GOOD_FIRST_TOKEN, GOOD_TOKEN_TIME, Clients, Results
 from .routing_traffic import WORKLOADS, Workload
 
@@ -169,7 +170,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench-routing", description=__doc__)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), metavar="A,B")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), metavar="X,Y")
-    parser.add_argument("--seconds", type=float, default=7.0, help="of traffic per run (7)")
+    parser.add_argument("--seconds", type=above_zero, default=7.0, help="of traffic per run (7)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rust", type=Path, help="the Rust router, if it is installed elsewhere")
     return parser.parse_args()

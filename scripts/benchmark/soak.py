@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 from .contestants import Place, ours
 from .environment import HERE, ROOT, Environment, Skipped, say
+from .options import above_zero, directory
 from .run import Cores, Running, Server, free_ports, get, raise_descriptor_limit
 from .workloads import Workload
 
@@ -153,15 +153,15 @@ def plot(environment: Environment, file: Path) -> Path | None:
 
 def main(given: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
-    parser.add_argument("minutes", type=float)
-    parser.add_argument("--interval", type=float, default=10.0, help="seconds of a sample (10)")
+    parser.add_argument("minutes", type=above_zero)
+    parser.add_argument(
+        "--interval", type=above_zero, default=10.0, help="seconds of a sample (10)"
+    )
     parser.add_argument("--no-install", action="store_true", help="no picture without matplotlib")
-    parser.add_argument("--results", type=Path, help="where JSON and picture go (.bench/results)")
+    parser.add_argument(
+        "--results", type=directory, help="where JSON and picture go (.bench/results)"
+    )
     args = parser.parse_args(given)
-    for name in ("minutes", "interval"):
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
-            parser.error(f"{name}: expected a number > 0, got {value:g}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise_descriptor_limit()
     environment = Environment(ROOT / ".bench", install=not args.no_install)

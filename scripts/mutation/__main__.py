@@ -87,7 +87,12 @@ def options(arguments: list[str]) -> Options:
         raise SystemExit(0)
     chosen = [m for m in DECIDING if any(part in m for part in found.modules or [""])]
     if found.only:
-        chosen = [found.only.partition(":")[0]]
+        module, _, line = found.only.partition(":")
+        if not ((ROOT / module).is_file() and line.isdecimal()):
+            parser.error(f"--only: expected a file and a line of it, got {found.only}")
+        chosen = [module]
+    if found.count < 0:
+        parser.error(f"--count: expected 0 or more, got {found.count}")
     if not chosen:
         parser.error(f"no module matches {found.modules}; --list prints them")
     within = tuple(found.within or TESTS)

@@ -21,6 +21,13 @@ ROOT = Path(__file__).parents[2]
         ("follow-readme", ["--nope"], "unrecognized arguments: --nope"),
         ("gen-docs", ["--nope"], "unrecognized arguments: --nope"),
         ("soak", ["nan"], "minutes: expected a number > 0, got nan"),
+        ("soak", ["1", "--results", "/dev/null/x"], "--results: /dev/null/x: Not a directory"),
+        ("bench", ["--repeat", "-1"], "argument --repeat: expected an integer > 0, got -1"),
+        ("bench", ["--seconds", "nan"], "argument --seconds: expected a number > 0, got nan"),
+        ("bench", ["--results", "/dev/null/x"], "--results: /dev/null/x: Not a directory"),
+        ("bench", ["--report", "/nowhere"], "--report /nowhere: [Errno 2] No such file"),
+        ("mutants", ["--only", "nowhere"], "--only: expected a file and a line of it, got nowhere"),
+        ("mutants", ["--count", "-1"], "--count: expected 0 or more, got -1"),
         ("stalls", ["/nowhere"], "expected the directory of another tree, got /nowhere"),
     ],
 )
