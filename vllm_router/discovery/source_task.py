@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 import msgspec
 import trio
 
-from vllm_router.config.discovered import read_targets
+from vllm_router.config.discovered import Read, read_targets
 from vllm_router.config.discovery import (
     DiscoveryConfig,
     Found,
@@ -60,6 +60,8 @@ class SourceTask:
         self._scope = trio.CancelScope()
         self._asked_for: float | None = None
         self._said: Targets = ()
+        self._found: tuple[Found, ...] = ()
+        self._read = Read((), ())
         self._priority: int | None = None
         self._bad: tuple[str, ...] = ()
         self._conflicts: tuple[str, ...] = ()
@@ -102,7 +104,11 @@ class SourceTask:
     # -- Sink ---------------------------------------------------------------------------------
 
     def found(self, targets: Collection[Found], problems: Sequence[str] = ()) -> None:
-        valid, bad = read_targets(targets, self.config, self._discovery)
+        # Most sources say the same at every look, and a thousand targets take 30 ms of the loop.
+        # Other `label_keys` make a new task.
+        if (found := tuple(targets)) != self._found:
+            self._found, self._read = found, read_targets(found, self.config, self._discovery)
+        valid, bad = self._read
         self._note_bad((*problems, *bad))
         self._said = valid
         self._answered()

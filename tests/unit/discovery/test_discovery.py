@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from support.fleet_makers import come_up, go_down
+from vllm_router.config.discovered import Read, read_targets
 from vllm_router.config.discovery import Found, SourceConfig
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Config
+from vllm_router.discovery import source_task
 from vllm_router.discovery.discovery import START_PATIENCE
 from vllm_router.discovery.source import Again, Sink
 from vllm_router.errors import ConfigError
@@ -164,6 +167,25 @@ async def test_discovery_same_set_changes_nothing(autojump_clock: MockClock) -> 
         rig.made["file"].say("b:1", "a:1")
         await rig.settle()
         assert rig.config is before
+
+
+async def test_discovery_set_that_a_source_repeats_is_read_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a thousand targets holds up the event loop for 30 ms."""
+    reads: list[int] = []
+
+    def read(found: Iterable[Found], *others: Any) -> Read:
+        reads.append(len(list(found)))
+        return read_targets(found, *others)
+
+    monkeypatch.setattr(source_task, "read_targets", read)
+    async with running(FILE) as rig:
+        for addresses in (["a:1"], ["a:1", "b:1"], ["a:1", "b:1"], ["a:1"], []):
+            rig.made["file"].say(*addresses)
+            await rig.settle()
+        assert reads == [1, 2, 1, 0]
+        assert rig.names == []
 
 
 async def test_discovery_failing_source_keeps_its_set_and_says_so(
