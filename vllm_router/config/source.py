@@ -138,7 +138,7 @@ def _warn_if_open(path: str, data: bytes) -> None:
         mode = os.stat(path).st_mode
     except OSError:
         return
-    secret = b"PRIVATE KEY-----" in data or b"-----BEGIN" not in data
+    secret = b"PRIVATE KEY-----" in data or (b"-----BEGIN" not in data and bool(data.strip()))
     if mode & 0o026 and secret:
         logger.warning("%s: holds keys, but other users may read or change it: chmod 600", path)
     elif mode & 0o022:

@@ -44,6 +44,8 @@ def _using(owner: str, key: str, files: str, use: Callable[[], T]) -> T:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words = str(reason).replace("_", " ").lower()
+        if "pem lib" in words:
+            words = "malformed PEM, perhaps half written"
         # An SSLError is about the content. A file that is missing is noticed when it appears.
         lasting = isinstance(error, (ssl.SSLError, FileNotFoundError, ValueError))
         passing = isinstance(error, OSError) and not lasting

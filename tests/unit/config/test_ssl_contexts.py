@@ -71,6 +71,20 @@ def test_ssl_contexts_serving_names_files_that_cannot_be_used(tmp_path):
     assert problem == "tls.client_ca: cannot be used, no such file or directory: /nowhere.pem"
 
 
+def test_ssl_contexts_half_written_certificate_is_called_malformed(tmp_path):
+    """OpenSSL says `[SSL] PEM lib (_ssl.c:3874)`."""
+    half = tmp_path / "half.pem"
+    text = PEM.read_text()
+    start = text.index("-----BEGIN CERTIFICATE-----")
+    half.write_text(text[start : start + 200])
+    with pytest.raises(ConfigError) as caught:
+        serving_context(TlsConfig(certificate=file(half), key=GOOD))
+    (problem,) = caught.value.problems
+    assert problem == (
+        f"tls.certificate: cannot be used, malformed PEM, perhaps half written: {half} with {PEM}"
+    )
+
+
 # -- for servers --------------------------------------------------------------------------------
 
 

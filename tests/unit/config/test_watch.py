@@ -456,6 +456,17 @@ async def test_reload_certificate_that_was_unreadable_for_a_moment_is_read_witho
     assert [await reloader.poll() for _ in range(2)] == [Reload.UNCHANGED, Reload.APPLIED]
 
 
+async def test_reload_emptied_certificate_is_not_said_to_hold_keys(
+    reloader: Reloader, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A writer that truncates the file first leaves it empty for a moment."""
+    certificate = tmp_path / "cert.pem"
+    certificate.touch(0o644)
+    write(path, f'{toml("b")}[tls]\ncertificate = "{certificate}"\nkey = "{certificate}"\n')
+    assert await reloader.reload(force=False) is Reload.REFUSED
+    assert "holds keys" not in caplog.text
+
+
 async def test_reload_server_whose_certificate_was_unreadable_for_a_moment_is_applied(
     reloader: Reloader, path: Path, applied: Applied
 ):
