@@ -1,8 +1,9 @@
-"""The scripts name a wrong argument, and do nothing."""
+"""The scripts name a wrong argument and do nothing, and an interrupted one cleans up."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,19 @@ def test_script_wrong_arguments_are_named_and_nothing_runs(
     assert done.returncode == 2, done.stderr
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_script_follow_readme_interrupted_leaves_nothing(tmp_path: Path):
+    """Its installer wrote on into the clone that was being removed."""
+    with subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "follow-readme", "--time"],
+        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as done:
+        assert done.stdout is not None
+        assert b"cloned" in done.stdout.readline()
+        done.send_signal(signal.SIGINT)
+        _, said = done.communicate(timeout=120)
+    assert done.returncode == 130, said
+    assert list(tmp_path.iterdir()) == []
