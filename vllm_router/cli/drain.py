@@ -10,8 +10,15 @@ from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
 
 
+def _named(_: click.Context, __: click.Parameter, name: str) -> str:
+    """Refuse what a script passes if its variable is empty."""
+    if not name.strip():
+        raise click.UsageError("SERVER: expected the name of a server, got an empty one")
+    return name
+
+
 @click.command()
-@click.argument("server")
+@click.argument("server", callback=_named)
 @for_router
 def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Send a server no new requests, and wait until its last one has ended.
@@ -39,7 +46,7 @@ def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
 
 
 @click.command()
-@click.argument("server")
+@click.argument("server", callback=_named)
 @for_router
 def undrain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Take a drained server back.

@@ -187,6 +187,16 @@ def test_drain_refused_is_one_line(client: type[FakeClient], command: str):
     assert found.stderr.splitlines() == ["vllm-router: no server gpu-9"]
 
 
+@pytest.mark.parametrize("command", ["drain", "undrain"])
+def test_drain_empty_name_is_refused_before_the_router_is_asked(
+    client: type[FakeClient], command: str
+):
+    """As of `vllm-router drain "$SERVER"` without the variable."""
+    found = call(command, "")
+    assert (found.exit_code, found.stdout, client.asked) == (2, "", [])
+    assert "expected the name of a server" in found.stderr
+
+
 @pytest.mark.parametrize("code", ["missing_api_key", "invalid_api_key"])
 def test_status_of_locked_router_names_key_option(code: str):
     with answering(401, error=code) as port:
