@@ -47,6 +47,7 @@ const (
 	chunkBefore = `data: {"id":"chatcmpl-9c1d4d1c8b7d4a0e","object":"chat.completion.chunk",` +
 		`"created":1763797000,"model":"m","choices":[{"index":0,"delta":{"content":"`
 	chunkAfter = `"},"logprobs":null,"finish_reason":null}]}` + "\n\n"
+	lastAfter  = `"},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}` + "\n\n"
 	textBytes  = 16
 	sseEnd     = "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 	hexDigits  = "0123456789abcdef"
@@ -242,9 +243,7 @@ func (c *connection) stream(now *behaviour, tokens int) error {
 	if _, err := io.WriteString(c, sseHead); err != nil {
 		return err
 	}
-	size := len(chunkBefore) + textBytes + len(chunkAfter)
-	chunk := []byte(fmt.Sprintf("%x\r\n%s%s%s\r\n", size, chunkBefore, strings.Repeat("0", textBytes), chunkAfter))
-	text := chunk[bytes.Index(chunk, []byte(chunkBefore))+len(chunkBefore):][:textBytes]
+	chunk, text := makeChunk(chunkAfter)
 	// Absolute times: a stream that fell behind catches up instead of offering less.
 	due := time.Now().Add(now.ttft)
 	for i := 0; i < tokens; i++ {
@@ -252,6 +251,9 @@ func (c *connection) stream(now *behaviour, tokens int) error {
 			time.Sleep(wait)
 		}
 		due = due.Add(now.interval)
+		if i == tokens-1 {
+			chunk, text = makeChunk(lastAfter)
+		}
 		stamp := uint64(time.Now().UnixNano())
 		for place := textBytes - 1; place >= 0; place-- {
 			text[place] = hexDigits[stamp&15]
@@ -263,6 +265,13 @@ func (c *connection) stream(now *behaviour, tokens int) error {
 	}
 	_, err := io.WriteString(c, sseEnd)
 	return err
+}
+
+// makeChunk returns a chunk of the stream with its framing, and the place of its text in it.
+func makeChunk(after string) (chunk, text []byte) {
+	size := len(chunkBefore) + textBytes + len(after)
+	chunk = []byte(fmt.Sprintf("%x\r\n%s%s%s\r\n", size, chunkBefore, strings.Repeat("0", textBytes), after))
+	return chunk, chunk[bytes.Index(chunk, []byte(chunkBefore))+len(chunkBefore):][:textBytes]
 }
 
 // tell answers GET.
