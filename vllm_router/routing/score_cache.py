@@ -219,26 +219,28 @@ class ScoreCache:
         """The candidates to update now, and whether a new round over all of them begins.
 
         At most `most` are updated `every` so many seconds, the first time with each pick, so that
-        no pick among a thousand new servers takes 15 ms. The servers of `refresh_soon` are updated
-        at once; if all fit into one turn, all are.
+        no pick among a thousand new servers takes 15 ms. As many servers of `refresh_soon`, and
+        new ones, are updated at once; if all fit into one turn, all are.
         """
         size, begin = len(self.estimates), self._turn_of
-        suspects, self._suspects = self._suspects, set()
         if size <= most or not (self._known or self.is_large):
+            self._suspects.clear()
             self._known = True
             self.fresh_until = self._turn_at = now + every
             return range(size), True
+        suspects = sorted(self._suspects)[:most]
+        self._suspects.difference_update(suspects)
         if self._known and now < self._turn_at:
-            self.fresh_until = self._turn_at
-            return sorted(suspects), False
+            self.fresh_until = -math.inf if self._suspects else self._turn_at
+            return suspects, False
         end = min(begin + most, size)
         self._turn_of = end % size
         if self._known:
-            self.fresh_until = self._turn_at = now + every
+            self._turn_at = now + every
+            self.fresh_until = -math.inf if self._suspects else self._turn_at
         else:
             self._known = end == size
-        suspects.update(range(begin, end))
-        return sorted(suspects), begin == 0
+        return sorted({*suspects, *range(begin, end)}), begin == 0
 
     def measure_all(self) -> None:
         """Update all scores: changes have been missed, or all are new."""

@@ -236,6 +236,19 @@ def test_adaptive_among_many_peers_are_detected_once_all_servers_are_measured():
         assert rig.cache().has_peers is (turn >= 3)
 
 
+def test_adaptive_among_many_new_servers_are_measured_a_part_with_each_pick():
+    rig = Rig(5 * REFRESHED_AT_ONCE)
+    candidates = rig.fleet.candidates("m", NOW)
+    old, info = candidates[: 3 * REFRESHED_AT_ONCE], RoutingInfo("m")
+    for _ in range(4):
+        rig.policy.pick(old, info, NOW)
+    for new in range(1, 3):
+        rig.policy.pick(candidates, info, NOW + 0.01)
+        measured = [base < math.inf for base in rig.cache().bases]
+        assert measured == [place < (3 + new) * REFRESHED_AT_ONCE for place in range(len(measured))]
+    assert rig.cache().is_complete
+
+
 def test_adaptive_among_many_first_explanation_scores_all_servers():
     rig = Rig(3 * REFRESHED_AT_ONCE)
     candidates = rig.fleet.candidates("m", NOW)
