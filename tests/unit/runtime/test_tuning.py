@@ -34,11 +34,19 @@ found["held"] = rss_bytes() - before
 del large
 found["left"] = rss_bytes() - before
 objects = []
-gc.callbacks.append(lambda phase, info: None if phase == "stop" else made.append(len(objects)))
-made = []
-for _ in range(50_000):
+def collected(phase, info):
+    if phase == "start":
+        made.append(len(objects))
+        if info["generation"] == 1:
+            middle.append(len(objects))
+gc.callbacks.append(collected)
+made, middle = [], []
+for _ in range(100_000):
     objects.append([])
 found["young"] = max(after - before for before, after in zip([0, *made], [*made, len(objects)]))
+found["middle"] = max(
+    after - before for before, after in zip([0, *middle], [*middle, len(objects)])
+)
 print(json.dumps(found))
 """
 
@@ -55,3 +63,4 @@ def test_tuned_process_reuses_memory_of_bodies_and_returns_large_ones() -> None:
     assert found["held"] > 60_000_000
     assert found["left"] < 10_000_000
     assert found["young"] < 6_000  # a longer collection delays all requests
+    assert found["middle"] < 10_000
