@@ -11,7 +11,7 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from support.fleet_makers import go_down
-from support.front_harness import HOST, PATIENCE, running
+from support.front_harness import HOST, PATIENCE, connected, post, running
 from support.web_harness import Lab
 from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.web import schema
@@ -213,7 +213,7 @@ async def test_engine_control_is_closed_for_every_method():
 
 
 async def test_control_plane_large_body_is_refused_early():
-    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
-        reply = await client.post(router.url + "/explain", content=bytes(20_000_000))
-        assert reply.status_code == 413
-        assert reply.json()["error"]["code"] == "body_too_large"
+    async with served() as router, connected(router.port) as client:
+        await client.send(post("/explain", b"").replace(b"Length: 0", b"Length: 20000000"))
+        reply = await client.reply()
+        assert (reply.status, reply.code) == (413, "body_too_large")
