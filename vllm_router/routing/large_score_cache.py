@@ -9,7 +9,6 @@ from vllm_router.routing.adapters import WAIT_PENALTY, Levels
 from vllm_router.routing.score_cache import (
     AFFINITY_BONUS,
     DELAYED,
-    FULL_SHARE,
     HOT_MARGIN,
     HOT_SHARE,
     ScoreCache,
@@ -181,21 +180,15 @@ class LargeScoreCache(ScoreCache):
         `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,
         servers with much more load than the mean do not count.
         """
-        loads, servers = self._loads, self.candidates
+        loads = self._loads
         mean = self._load_total / len(loads)
-        # No server with a load up to `usual` is overloaded, nor one up to `hot` with no queue.
-        usual, hot = FULL_SHARE * mean, HOT_SHARE * mean + HOT_MARGIN
+        hot = HOT_SHARE * mean + HOT_MARGIN
         cached: dict[int, float] = {}
         for tokens, bits in levels:
             for position in self._some_of(bits, front, draw):
                 if position in cached:
                     continue
-                load = loads[position]
-                if (
-                    load <= usual
-                    or (load <= hot and servers[position].load_estimate.waiting < 1.0)
-                    or not self._is_overloaded(position, mean)
-                ):
+                if loads[position] <= hot or not self._is_overloaded(position, mean):
                     cached[position] = tokens
         return cached
 

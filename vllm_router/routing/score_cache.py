@@ -29,9 +29,6 @@ HOT_SHARE, HOT_MARGIN, HOT_REQUESTS = 1.5, 0.25, 2.0
 """Cached blocks of a server do not count while its load exceeds HOT_SHARE times the candidates'
 mean plus HOT_MARGIN of its capacity, unless it has at most HOT_REQUESTS requests."""
 
-FULL_SHARE = 1.25
-"""The same for a server whose engine has requests waiting: others have room, and it has not."""
-
 MAX_WASTE_LOAD = 32.0
 """Requests up to which a token to recompute weighs more; beyond, up to the load that the server has
 if all are equally loaded. Without the limit, some thousand cached tokens would hold traffic on a
@@ -92,7 +89,6 @@ class ScoreCache:
         "_positions",
         "_prompt_growth",
         "_prompt_growths",
-        "_queueing",
         "_read",
         "_rooms",
         "_suspects",
@@ -174,7 +170,6 @@ class ScoreCache:
         self._log = candidates[0].change_log.servers
         self._read = len(self._log)
         self._load_total = 0.0
-        self._queueing = False
         self._order = ScoreOrder(self.bases) if self.is_large else None
         self.affinity = AffinityServers(estimates, large=self.is_large)
 
@@ -269,9 +264,6 @@ class ScoreCache:
             order.rebuild(self.bases)
         self.least_room = min(self._rooms)
         self._load_total = sum(self._loads)
-        self._queueing = order is None and any(
-            estimate.server.load_estimate.waiting >= 1.0 for estimate in self.estimates
-        )
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
@@ -447,9 +439,7 @@ class ScoreCache:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""
         loads = self._loads
         mean = sum(loads) / len(loads)
-        # In a large fleet this explains a pick, which looks at the queues of few servers.
-        queueing = self._queueing or self.is_large
-        if not queueing and max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
+        if max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
             return levels
         out = 0
         for position, estimate in enumerate(self.estimates):
@@ -458,9 +448,7 @@ class ScoreCache:
         return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
 
     def _is_overloaded(self, position: int, mean: float) -> bool:
-        load, server = self._loads[position], self.candidates[position]
-        if load <= HOT_SHARE * mean + HOT_MARGIN and (
-            load <= FULL_SHARE * mean or server.load_estimate.waiting < 1.0
-        ):
+        load = self._loads[position]
+        if load <= HOT_SHARE * mean + HOT_MARGIN:
             return False
-        return load * server.weighted_capacity > HOT_REQUESTS
+        return load * self.candidates[position].weighted_capacity > HOT_REQUESTS

@@ -625,9 +625,9 @@ def test_overflow_grows_from_a_quarter_to_the_whole_cache(footprint: float, shar
 
 @pytest.mark.parametrize(
     ("running", "waiting", "stays"),
-    [(190.0, 0.0, True), (240.0, 0.0, True), (256.0, 9.0, False), (180.0, 9.0, True)],
+    [(190.0, 0.0, True), (240.0, 0.0, True), (180.0, 9.0, True), (400.0, 9.0, False)],
 )
-def test_cached_prefix_does_not_hold_traffic_on_a_full_server(
+def test_cached_prefix_does_not_hold_traffic_on_a_server_with_far_more_load(
     running: float, waiting: float, stays: bool
 ):
     it = Fleet()
@@ -640,6 +640,18 @@ def test_cached_prefix_does_not_hold_traffic_on_a_full_server(
         it.now += 0.2
         found = it.pick(info)
     assert (found is it.servers[0]) is stays
+
+
+def test_conversation_stays_where_a_request_waits_behind_a_long_prompt():
+    it = Fleet()
+    info = asking("base", CONTEXT)
+    it.serve(info, it.servers[0])
+    for server in it.servers[1:]:
+        it.scrape(server, 2.0, kv_tokens=4_000_000)
+    it.scrape(it.servers[0], 3.0, waiting=1.0, kv_tokens=4_000_000)
+    it.now += 1.0
+    assert it.parts(info, it.servers[0])["cached_tokens"] > 0
+    assert it.pick(info) is it.servers[0]
 
 
 def test_recomputing_weighs_more_up_to_the_even_load_of_a_server():

@@ -149,14 +149,14 @@ def test_adaptive_among_many_follows_a_conversation():
     assert again.server is lease.server
 
 
-def test_adaptive_among_many_blocks_behind_a_queue_are_explained_as_a_pick_counts_them():
+def test_adaptive_among_many_blocks_of_an_overloaded_server_are_explained_as_picked():
     rig = Rig(LARGE)
     info = rig.info("x" * 4000)
     lease = rig.send(info)
     home = lease.server
     rig.end(lease, NOW)
     for server in rig.servers:
-        figures = gauges(5.0, 2.0) if server is home else gauges(4.0)
+        figures = gauges(9.0, 2.0) if server is home else gauges(4.0)
         server.scraped(figures, NOW + 1.0, 0)
     picked = rig.send(info, NOW + 2.0).server
     rows = rig.policy.explain(rig.fleet.candidates("m", NOW + 2.0), info, NOW + 2.0)
