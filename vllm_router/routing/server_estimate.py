@@ -38,9 +38,11 @@ IDLE_FRACTION = 0.5
 """Below this fraction of the others' load a slow server's steps are as short as theirs, which does
 not show that it has become fast: what was learnt fades with IDLE_LASTING_HALF_LIFE."""
 
-_PRIOR_TOKENS = 50.0
-"""Weight, in tokens, of the fleet's latency in the estimate of a server's own. Older tokens fade,
-so a server that gets no requests returns to the fleet's latency and is tried again."""
+_PRIOR_TOKENS, _PRIOR_STEPS = 50.0, 10.0
+"""Weight of the fleet's latency in the estimate of a server's own: so many tokens, or a token of
+every running request in so many engine steps. A scrape interval in which a busy server computed
+prompts has a few long steps, though hundreds of tokens. Older tokens fade, so a server that gets no
+requests returns to the fleet's latency and is tried again."""
 
 _BAND_PRIOR_TOKENS = 2000.0
 BAND_MARGIN = 0.1
@@ -384,8 +386,9 @@ def slowness(estimate: ServerEstimate, latency: float, load: float, now: float) 
         # Limit the weight of a single pause, as in a first request.
         limit = estimate.latency_count * SLOWEST * latency
         estimate.latency_sum = min(estimate.latency_sum, limit)
-        count = estimate.latency_count + _PRIOR_TOKENS
-        ratio = (estimate.latency_sum + _PRIOR_TOKENS * latency) / count / latency
+        prior = max(_PRIOR_TOKENS, _PRIOR_STEPS * estimate.server.load_estimate.running)
+        count = estimate.latency_count + prior
+        ratio = (estimate.latency_sum + prior * latency) / count / latency
         ratio = min(max(ratio, FASTEST), SLOWEST)
     idle = estimate.gauge / estimate.server.weighted_capacity < IDLE_FRACTION * load
     half_life = IDLE_LASTING_HALF_LIFE if idle and ratio < estimate.lasting else LASTING_HALF_LIFE

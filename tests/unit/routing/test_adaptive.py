@@ -366,6 +366,28 @@ def test_adaptive_computing_a_long_prompt_is_no_slowness():
     assert it.parts(NOTHING, a)["slow"] > 3.0
 
 
+def test_adaptive_few_long_steps_of_many_requests_are_no_slowness():
+    """Three steps with prompts in them are 600 tokens on a server that runs 200 requests."""
+    a, b, c = (it := Situation()).servers
+
+    def scrape(steps: dict[Server, tuple[int, float]]) -> None:
+        for server, (count, seconds) in steps.items():
+            total, tokens = it.measured.get(server, (0.0, 0.0))
+            total, tokens = total + 200 * count * seconds, tokens + 200 * count
+            it.measured[server] = total, tokens
+            figures = gauges(200.0, token_latency_sum=total, token_latency_count=tokens)
+            server.scraped(figures, it.now, 0)
+        it.pick(NOTHING)
+        it.wait(0.5)
+
+    scrape({a: (1, 0.03), b: (1, 0.03), c: (1, 0.03)})
+    scrape({a: (3, 0.15), b: (15, 0.03), c: (15, 0.03)})
+    assert it.parts(NOTHING, a)["slow"] < 2.0
+    for _ in range(4):
+        scrape({a: (3, 0.15), b: (15, 0.03), c: (15, 0.03)})
+    assert it.parts(NOTHING, a)["slow"] > 2.0
+
+
 def test_adaptive_server_that_always_computes_long_prompts_is_slow_in_the_end():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01})
