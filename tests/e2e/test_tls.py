@@ -145,6 +145,39 @@ def test_tls_both_fronts_refuse_plain_http(
             assert "certificate" in refused.stderr.lower()
 
 
+@pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
+def test_tls_second_signal_answers_waiting_requests(
+    tmp_path: Path, authority: Authority, http2: bool
+):
+    """The connections were cut before the last messages had left."""
+    certificate, key = authority.sign("stopping")
+    tls = f'certificate = "{certificate}"\nkey = "{key}"\n'
+    answers: list[httpx.Response] = []
+    with (
+        mock_processes(1, "--model", "m", "--ttft", "600") as (mock,),
+        secure_router([mock.url], tmp_path, tls, drain_timeout=300) as router,
+        httpx.Client(
+            verify=trusting(authority), trust_env=False, timeout=60, http2=http2
+        ) as client,
+    ):
+
+        def wait() -> None:
+            answers.append(client.post(f"{address(router)}/v1/chat/completions", json=chat()))
+
+        threads = [threading.Thread(target=wait) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: mock.stats()["running"] == len(threads), "the requests")
+        router.signal(signal.SIGINT)
+        until(lambda: "draining" in router.text, "the drain")
+        router.signal(signal.SIGINT)
+        for thread in threads:
+            thread.join(60)
+        assert router.process.wait(60) == 0
+    codes = {(one.status_code, one.json()["error"]["code"]) for one in answers}
+    assert (len(answers), codes) == (len(threads), {(503, "router_stopping")})
+
+
 def test_tls_renewed_certificate_is_used_without_restart(tmp_path: Path, authority: Authority):
     certificate, key = authority.sign("renewed")
     tls = f'certificate = "{certificate}"\nkey = "{key}"\n'

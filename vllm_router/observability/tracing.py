@@ -253,7 +253,7 @@ class Telemetry:
         if decision is Decision.RECORD_AND_SAMPLE:
             flags |= _SAMPLED
         own = (trace_id, _new_id(self._ids, 64))
-        return ExchangeTrace(self._ids, own, parent, flags, scope["scheme"])
+        return ExchangeTrace(self._ids, own, parent, flags, scope.get("scheme", "http"))
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         """The trace contains the attempts."""

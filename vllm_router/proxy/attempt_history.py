@@ -157,7 +157,7 @@ class AttemptHistory:
 
     # -- what the client gets -----------------------------------------------------------------
 
-    def passes(self, outcome: Outcome, again: RetryDecision) -> bool:
+    def passes(self, outcome: Outcome, retry: RetryDecision) -> bool:
         """Whether the client gets the server's own response to an attempt with this outcome.
 
         A redirect would lead the client past the router, and without its key. A doubtful response
@@ -165,7 +165,7 @@ class AttemptHistory:
         """
         if outcome is Outcome.MISDIRECTED or self.doubtful is not None:
             return False
-        return again is RetryDecision.NO and not self._better_called_busy(outcome)
+        return retry is RetryDecision.NO and not self._better_called_busy(outcome)
 
     def _better_called_busy(self, outcome: Outcome) -> bool:
         """Whether the last server failed, perhaps an ejected one, but a healthy one was full."""

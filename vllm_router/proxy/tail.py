@@ -48,6 +48,8 @@ class StreamTail:
         start = block_start(data, len(data) - KEPT)
         if start == 0 and len(data) > LONGEST_EVENT:
             start = len(data) - KEPT
+            while start and data[start - 1] in b"\r\n":  # a boundary of events stays whole
+                start -= 1
             if self._beginning is None:
                 self._beginning = data[:BEGINNING]
         elif start:

@@ -80,6 +80,7 @@ class FleetSources:
     async def _take_found(self) -> None:
         old, new = self._in_force(), self._merged(self.file_config)
         if new == old:
+            self._refused = ""
             return
         try:
             await self._prepare(new)

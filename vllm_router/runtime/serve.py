@@ -167,7 +167,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             with signals.until_second() as patience:
                 await drain(supervisor, front)
             if patience.cancelled_caught:
-                await supervisor.end_requests()
+                await end_at_once(supervisor, front)
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")
@@ -293,6 +293,17 @@ async def drain(
     with trio.move_on_after(LINGER):
         await front.drained()
 
+
+async def end_at_once(supervisor: Supervisor, front: Listener) -> None:
+    """End the requests in flight with an error, and give those last messages time to leave."""
+    await supervisor.end_requests()
+    front.begin_drain()
+    with trio.move_on_after(LAST_MESSAGES):
+        await front.drained()
+
+
+LAST_MESSAGES = 0.3
+"""Seconds for the errors of requests that the second signal ends."""
 
 IDLE_GRACE = 1.0
 """Seconds that idle connections stay open, because a request may be on its way; it is served.

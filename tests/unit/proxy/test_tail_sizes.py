@@ -61,3 +61,36 @@ def test_stream_tail_cut_event_is_not_read():
     tail = StreamTail()
     tail.add((b"x" * LONGEST_EVENT).ljust(LONGEST_EVENT + KEPT - len(inner), b"x") + inner)
     assert tail.read(Api.CHAT) == read_ending(Api.CHAT, tail.bytes, beginning=b"")
+
+
+def long_event(name: str, end: bytes) -> bytes:
+    """An event of /v1/responses of which exactly `end` is kept, with the line end behind it."""
+    beginning = b'event: %b\ndata: {"type":"%b","text":"' % (name.encode(), name.encode())
+    return beginning.ljust(LONGEST_EVENT, b"x") + end.ljust(KEPT - 2, b"y") + b"\n\n"
+
+
+@pytest.mark.parametrize("end", [b"y", b":", b": ", b"\n: "])
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("response.completed", Verdict.PROVEN),
+        ("response.cancelled", Verdict.CUT),
+        ("response.output_text.delta", Verdict.UNFINISHED),
+    ],
+)
+def test_stream_tail_cut_event_is_judged_by_its_name_wherever_it_is_cut(name, verdict, end):
+    tail = StreamTail()
+    tail.add(long_event(name, end))
+    assert tail.bytes.startswith(end)
+    assert tail.read(Api.RESPONSES).verdict is verdict
+
+
+@pytest.mark.parametrize("boundary", [b"\n\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("within", range(5))
+def test_stream_tail_event_behind_a_cut_boundary_is_read(boundary, within):
+    """The cut may fall before, into or behind the boundary of two events."""
+    last = b'event: response.completed\ndata: {"type":"response.completed"}'
+    last = last.ljust(KEPT - 2 - min(within, len(boundary)), b" ") + b"\n\n"
+    tail = StreamTail()
+    tail.add(b"data: ".ljust(LONGEST_EVENT, b"x") + boundary + last)
+    assert tail.read(Api.RESPONSES).verdict is Verdict.PROVEN

@@ -40,7 +40,8 @@ def read_ending(api: Api, tail: bytes, *, beginning: bytes | None = None) -> End
     found = finished_usage(tail)
     if found is not None:
         return Ending(Verdict.PROVEN, found[0])
-    blocks, pending = _split(tail)
+    # The rest of a cut event may begin with a colon or a line end, which would mean something else.
+    blocks, pending = _split(tail if beginning is None else b"." + tail)
     cut = blocks.pop(0) if beginning is not None and blocks else None
     half = False
     if pending and not pending.startswith(b":"):
@@ -70,6 +71,8 @@ def read_ending(api: Api, tail: bytes, *, beginning: bytes | None = None) -> End
             usage = usage or _usage_at_end(cut)
             if signs & FAILS:
                 return Ending(Verdict.UNCLEAR, usage)
+            if signs & ABORTS:
+                return Ending(Verdict.CUT, usage)
             seen |= signs
     return Ending(_verdict(seen, half=half, unfinished=any(open_choices.values())), usage)
 

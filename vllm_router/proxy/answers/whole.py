@@ -109,7 +109,7 @@ def _read_other(body: bytes) -> Whole:
 class JsonBalance:
     """Whether JSON that comes in pieces, too long to be held, has come to its end.
 
-    For answers that only the end of the connection delimits (RFC 9112 section 6.3).
+    For answers whose length was not announced (RFC 9112 section 6.3).
     """
 
     _TOKEN = re.compile(rb'["{}\[\]]')

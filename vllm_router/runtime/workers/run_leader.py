@@ -24,6 +24,7 @@ from vllm_router.runtime.serve import (
     IDLE_GRACE,
     LINGER,
     client_limits,
+    end_at_once,
     follow_limits,
     follow_tls,
     most_connections,
@@ -100,7 +101,7 @@ async def run(environment: Environment) -> None:
                     while front.connections or handler.connections:  # noqa: ASYNC110  once
                         await trio.sleep(0.01)
             if patience.cancelled_caught:
-                await supervisor.end_requests()
+                await end_at_once(supervisor, front)
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")

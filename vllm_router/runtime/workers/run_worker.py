@@ -15,6 +15,7 @@ from vllm_router.runtime.dispatch import RequestDispatcher
 from vllm_router.runtime.serve import (
     client_limits,
     drain,
+    end_at_once,
     follow_limits,
     follow_tls,
     most_connections,
@@ -84,7 +85,7 @@ async def run(environment: Environment) -> None:
             with control.until_second() as patience:
                 await drain(supervisor, front, partial(_wind_down, supervisor, handover))
             if patience.cancelled_caught:
-                await supervisor.end_requests()
+                await end_at_once(supervisor, front)
             worker.stats.serving = False
             with trio.move_on_after(LAST_REPORT), contextlib.suppress(trio.BrokenResourceError):
                 await reporter.flush()
