@@ -46,8 +46,8 @@ def _using(owner: str, key: str, files: str, use: Callable[[], T]) -> T:
         words = str(reason).replace("_", " ").lower()
         if "pem lib" in words:
             words = "malformed PEM, perhaps half written"
-        # An SSLError is about the content. A file that is missing is noticed when it appears.
-        lasting = isinstance(error, (ssl.SSLError, FileNotFoundError, ValueError))
+        # An SSLError is about the content. A file that appears or gets another mode is noticed.
+        lasting = isinstance(error, (ssl.SSLError, FileNotFoundError, PermissionError, ValueError))
         passing = isinstance(error, OSError) and not lasting
         raise UnusableFile(owner, key, f"{words}: {files}", passing=passing) from None
 

@@ -70,7 +70,8 @@ class LargeScoreCache(ScoreCache):
             setattr(self, name, getattr(before, name))
         self.credited = before.credited & before.everyone & self.everyone
         suspects = {before.candidates[position] for position in before._suspects}
-        self.unmeasured = new
+        left = {before.candidates[position] for position in before.unmeasured}
+        self.unmeasured = new | {self._positions[s] for s in left if s in self._positions}
         self._suspects = new | {self._positions[s] for s in suspects if s in self._positions}
         self.fresh_until = -math.inf if self._suspects else before.fresh_until
         self._known = True

@@ -439,6 +439,21 @@ async def test_reload_file_that_was_unreadable_for_a_moment_is_read_without_a_ch
     assert reloader.last_error is None
 
 
+async def test_reload_file_of_another_user_is_not_read_every_second(
+    reloader: Reloader, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A change of its owner or mode changes the fingerprint."""
+
+    def refuse(*args: object, **options: object) -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    write(path, toml("b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert await reloader.reload(force=False) is Reload.REFUSED
+    assert [await reloader.poll() for _ in range(3)] == [Reload.UNCHANGED] * 3
+
+
 async def test_reload_certificate_that_was_unreadable_for_a_moment_is_read_without_a_change(
     reloader: Reloader, path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -249,6 +249,30 @@ def test_adaptive_among_many_new_servers_are_measured_a_part_with_each_pick():
     assert rig.cache().is_complete
 
 
+@pytest.mark.parametrize("odd", [1, LARGE - 1, LARGE + 20])
+def test_adaptive_among_many_alternating_candidates_are_all_used(odd: int):
+    """Requests that only some servers may answer come between: all went to the first hundred."""
+    rig = Rig(4 * REFRESHED_AT_ONCE)
+    candidates = rig.fleet.candidates("m", NOW)
+    few = candidates[:odd]
+    picked: Counter[int] = Counter()
+    for number in range(100):
+        rig.policy.pick(few, RoutingInfo("m"), NOW + number / 1000)
+        server, _ = rig.policy.pick(candidates, RoutingInfo("m"), NOW + number / 1000)
+        picked[rig.servers.index(server) // REFRESHED_AT_ONCE] += 1
+    assert min(picked[part] for part in range(4)) > 5
+
+
+def test_adaptive_among_many_new_servers_survive_a_further_change():
+    rig = Rig(5 * REFRESHED_AT_ONCE)
+    candidates, info = rig.fleet.candidates("m", NOW), RoutingInfo("m")
+    for _ in range(4):
+        rig.policy.pick(candidates[: 3 * REFRESHED_AT_ONCE], info, NOW)
+    for _ in range(6):
+        rig.policy.pick((*candidates,), info, NOW + 0.01)
+    assert max(rig.cache().bases) < math.inf
+
+
 def test_adaptive_among_many_first_explanation_scores_all_servers():
     rig = Rig(3 * REFRESHED_AT_ONCE)
     candidates = rig.fleet.candidates("m", NOW)

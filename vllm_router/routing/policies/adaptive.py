@@ -256,7 +256,11 @@ class Adaptive(Policy):
 
     def _cache(self, candidates: Sequence[Server], model: str | None, now: float) -> ScoreCache:
         cache = self._caches.get(model)
+        whole = False
         if cache is None or cache.candidates is not candidates:
+            # Only the first cache of a model may begin with a part of the candidates: where sets of
+            # candidates alternate (owners of responses, long prompts), one lives for a pick.
+            whole = cache is not None
             estimates = [self._estimate(server) for server in candidates]
             before = cache
             kind = LargeScoreCache if len(candidates) >= LARGE else ScoreCache
@@ -269,7 +273,7 @@ class Adaptive(Policy):
             self._caches[model] = cache
         if now >= cache.fresh_until:
             self._refresh(cache, now)
-            while cache.offers_none and not cache.is_complete:
+            while (whole or cache.offers_none) and not cache.is_complete:
                 self._refresh(cache, now)
         else:
             cache.follow()
