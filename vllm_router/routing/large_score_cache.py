@@ -181,15 +181,11 @@ class LargeScoreCache(ScoreCache):
         `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,
         servers with much more load than the mean do not count.
         """
-        loads = self._loads
-        mean = self._load_total / len(loads)
-        hot = HOT_SHARE * mean + HOT_MARGIN
+        hot = HOT_SHARE * (self._load_total / len(self._loads)) + HOT_MARGIN
         cached: dict[int, float] = {}
         for tokens, bits in levels:
             for position in self._some_of(bits, front, draw):
-                if position in cached:
-                    continue
-                if loads[position] <= hot or not self._is_overloaded(position, mean):
+                if position not in cached and not self._is_overloaded(position, hot):
                     cached[position] = tokens
         return cached
 

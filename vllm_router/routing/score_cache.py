@@ -438,17 +438,15 @@ class ScoreCache:
     def not_overloaded(self, levels: Levels) -> Levels:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""
         loads = self._loads
-        mean = sum(loads) / len(loads)
-        if max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
+        hot = HOT_SHARE * (sum(loads) / len(loads)) + HOT_MARGIN
+        if max(loads) <= hot:
             return levels
         out = 0
         for position, estimate in enumerate(self.estimates):
-            if self._is_overloaded(position, mean):
+            if self._is_overloaded(position, hot):
                 out |= estimate.bit
         return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
 
-    def _is_overloaded(self, position: int, mean: float) -> bool:
+    def _is_overloaded(self, position: int, hot: float) -> bool:
         load = self._loads[position]
-        if load <= HOT_SHARE * mean + HOT_MARGIN:
-            return False
-        return load * self.candidates[position].weighted_capacity > HOT_REQUESTS
+        return load > hot and load * self.candidates[position].weighted_capacity > HOT_REQUESTS

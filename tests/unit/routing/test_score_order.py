@@ -25,7 +25,13 @@ from vllm_router.routing.large_score_cache import (
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import REFRESH, REFRESHED_AT_ONCE, Adaptive
 from vllm_router.routing.prompt.routing_info import EXPLAIN, RoutingInfo, read_at_once
-from vllm_router.routing.score_cache import AFFINITY_BONUS, DELAYED, ScoreCache
+from vllm_router.routing.score_cache import (
+    AFFINITY_BONUS,
+    DELAYED,
+    HOT_MARGIN,
+    HOT_SHARE,
+    ScoreCache,
+)
 from vllm_router.routing.score_order import ScoreOrder
 
 NOW = 1000.0
@@ -347,11 +353,11 @@ def plain_lowest(
     order = cache._order
     assert order is not None
     tokens, uncached, turns, delay = prompt
-    mean = sum(cache._loads) / len(cache._loads)
+    hot = HOT_SHARE * (sum(cache._loads) / len(cache._loads)) + HOT_MARGIN
     cached: dict[int, float] = {}
     for credit, bits in levels:
         for position in plain_some_of(cache, bits, draw):
-            if position not in cached and not cache._is_overloaded(position, mean):
+            if position not in cached and not cache._is_overloaded(position, hot):
                 cached[position] = credit
     best = max(cached.values(), default=0.0)
     free = plain_some_of(cache, cache.everyone & ~waits, draw) if waits else []
